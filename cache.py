@@ -6,7 +6,7 @@ request lives in block `block_table[i // block_size]` at offset `i % block_size`
 
     request A  "Once upon a time there"      block_table [3, 7]            refs  3:2  7:1
     request B  "Once upon a time a fox"      block_table [3, 5]            refs  3:2  5:1
-                \_______________/ computed once, shared: the blocks hold exactly the same tokens after the same prefix
+                ^^^^^^^^^^^^^^^^^ computed once, shared: the blocks hold exactly the same tokens after the same prefix
 
 `BlockPool` is bookkeeping over integers and knows no torch, so that simulators and tests can drive it anywhere.
 `KVCache` owns the tensors and knows nothing of requests.
@@ -162,6 +162,12 @@ class BlockPool:
         block, first = table[i], self.index.setdefault(key, table[i])
         self.key[block] = key
         self.content[block] = next(self._numbers) if first == block else self.content[first]
+
+    def forget(self) -> None:
+        """Empty the prefix index. Blocks in use stay as they are, and are found by nobody else."""
+        for block in self.index.values():
+            self.key[block] = None
+        self.index.clear()
 
     def check(self, tables: list[list[int]]) -> None:
         """Raise AssertionError unless every invariant holds for these tables, which must be all there are."""

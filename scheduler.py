@@ -28,6 +28,7 @@ Survey A IV.A · B 3.2.4 · C Request Scheduling: Inter-Request Scheduling, Intr
 Iteration-level batching: Orca (OSDI'22). Chunked prefill: Sarathi-Serve (arXiv:2403.02310).
 """
 
+import copy
 import heapq
 from collections.abc import Callable
 from itertools import count
@@ -42,7 +43,7 @@ class Request:
 
     `tokens` is the prompt followed by what was generated; `width` is how many running requests it will become (n samples
     of one prompt are one request until the prompt is computed); `root` separates prefix caches (see `BlockPool.match`).
-    `params` belongs to the engine, the scheduler never looks at it.
+    What the scheduler never looks at belongs to the engine.
     """
 
     def __init__(self, prompt: list[int], max_tokens: int = 16, *, priority: int = 0, width: int = 1, root=None,
@@ -62,6 +63,15 @@ class Request:
         self.arrival = -1  # the how-manieth request this was; set when added
         self.urgency: tuple = ()  # (policy's key, arrival): smaller goes first; set when added
         self.num_preemptions = 0
+        # The engine's:
+        self.samples = [self]  # the requests this one was forked into, itself first
+        self.sample_index = 0
+        self.seed = 0
+        self.logprobs: list[dict[int, float]] = []
+        self.prompt_logprobs: list[dict[int, float] | None] = []
+        self.ended_by_token = False  # the last token is a stop token, and not part of the text
+        self.detokenizer = None
+        self.error: str | None = None
 
     @property
     def num_output(self) -> int:
@@ -195,19 +205,16 @@ class Scheduler:
 
     def fork(self, request: Request) -> list[Request]:
         """Split a request of width n that has computed its prompt into n requests that share its blocks."""
-        children = []
-        for _ in range(request.width - 1):
-            child = Request(request.tokens, request.max_tokens, priority=request.priority, root=request.root,
-                            reuse_prefix=request.reuse_prefix, params=request.params)
-            child.num_prompt, child.num_computed = request.num_prompt, request.num_computed
-            child.arrival = next(self._arrivals)
-            child.urgency = (request.urgency[0], child.arrival)
+        width, request.width = request.width, 1
+        for i in range(1, width):
+            child = copy.copy(request)
+            child.tokens, child.logprobs = request.tokens.copy(), []
             child.block_table = self.pool.fork(request.block_table)
-            child.status = RUNNING
+            child.arrival, child.sample_index = next(self._arrivals), i
+            child.urgency = (request.urgency[0], child.arrival)
             self.running.append(child)
-            children.append(child)
-        request.width = 1
-        return [request, *children]
+            request.samples.append(child)  # one list, shared by all of them
+        return request.samples if width > 1 else [request]
 
     def preempt(self, request: Request) -> None:
         """Take a running request's blocks away and queue it again. Its tokens stay; their K and V are recomputed."""

@@ -1,0 +1,1475 @@
+"""nanoserve: the smallest code that serves a language model the way the big servers do.
+
+    from nanoserve import LLM, SamplingParams
+    llm = LLM()                                   # the small model in tutorial/, or LLM("folder or hub name")
+    llm.generate(["Once upon a time"], SamplingParams(max_tokens=64, seed=1))[0].text
+
+This file is the engine, in reading order: what a model is (`ModelConfig`, `GPT`), where its weights come from (`load`),
+text in and out (`Tokenizer`, `Detokenizer`), what may be asked (`SamplingParams`), and the step that everything else is
+there for (`LLM.step`):
+
+    text ──Tokenizer──► Request ──► Scheduler.schedule() ──► [(request, n), ...]
+                                        ▲                        │ pack: one flat, ragged batch
+     text ◄─Detokenizer─ commit(tokens)─┤                        ▼
+                              ▲         │                     Batch(tokens, positions, slots,
+                              └── sample(logits) ◄── GPT ◄──        block_tables, context_lens, query_start, rows)
+
+The maths is in kernels.py, the memory in cache.py, the queue in scheduler.py.
+
+Survey A II, IV.A · B 2.1, 2.3, 3.2 · C Background.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import math
+import os
+import random
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import kernels
+from cache import SCRATCH, BlockPool, KVCache
+from scheduler import FINISHED, Request, Scheduler
+
+log = logging.getLogger("nanoserve")
+DEFAULT_MODEL = Path(__file__).parent / "tutorial" / "model"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelConfig:
+    """What a decoder-only transformer of the supported families can differ in. Read from a Hugging Face config.json."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_size: int
+    max_len: int  # tokens of context
+    norm_eps: float
+    rope: dict | None  # None: learned positions
+    windows: list[int]  # per layer, tokens that attention looks back on; 0 for all
+    tie_embeddings: bool
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str = ""  # "head": q and k normalised per head; "full": over all heads at once
+    clip_qkv: float | None = None
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    norm_topk_prob: bool = False
+    moe_layers: frozenset = frozenset()
+    dtype: str = "float32"  # as stored
+    eos_ids: tuple = ()
+
+    FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmoe")
+
+    @classmethod
+    def from_dict(cls, c: dict) -> ModelConfig:
+        """From the dictionary in config.json. ValueError names whatever is missing, unknown or not supported."""
+        family, architecture = c.get("model_type"), (c.get("architectures") or [""])[0]
+        if family not in cls.FAMILIES or (architecture and not architecture.endswith(("ForCausalLM", "LMHeadModel"))):
+            raise ValueError(f"model: {architecture or family or 'config.json without model_type'} is not supported; "
+                             f"causal language models of these types are: {', '.join(cls.FAMILIES)}")
+        if c.get("quantization_config"):
+            raise ValueError("model: checkpoints with a quantization_config are not supported")
+        try:
+            config = cls._gpt2(c) if family == "gpt2" else cls._llama_like(c)
+        except KeyError as error:
+            raise ValueError(f"config.json: {error.args[0]} is missing") from None
+        config.dtype = str(c.get("dtype") or c.get("torch_dtype") or "float32").removeprefix("torch.")
+        config.eos_ids = as_ids(c.get("eos_token_id"))
+        if config.num_heads % config.num_kv_heads:
+            raise ValueError(f"config.json: {config.num_heads} query heads cannot share {config.num_kv_heads} key heads")
+        return config
+
+    @classmethod
+    def _gpt2(cls, c):
+        refuse(c, "activation_function", ("gelu_new", "gelu_pytorch_tanh"), default="gelu_new")
+        for name, only in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+            refuse(c, name, (only,), default=only)
+        width, layers, heads = c["n_embd"], c["n_layer"], c["n_head"]
+        return cls("gpt2", c["vocab_size"], width, layers, heads, heads, width // heads, c.get("n_inner") or 4 * width,
+                   c["n_positions"], c.get("layer_norm_epsilon", 1e-5), None, [0] * layers,
+                   c.get("tie_word_embeddings", True), qkv_bias=True, o_bias=True, mlp_bias=True)
+
+    @classmethod
+    def _llama_like(cls, c):
+        family, layers, heads = c["model_type"], c["num_hidden_layers"], c["num_attention_heads"]
+        refuse(c, "hidden_act", ("silu",), default="silu")
+        attention_bias = bool(c.get("attention_bias", False))
+        config = cls(
+            family, c["vocab_size"], c["hidden_size"], layers, heads, c.get("num_key_value_heads") or heads,
+            c.get("head_dim") or c["hidden_size"] // heads, c["intermediate_size"], c["max_position_embeddings"],
+            c.get("rms_norm_eps", 1e-6), cls._rope(c), cls._windows(c), c.get("tie_word_embeddings", False),
+            qkv_bias=attention_bias or family == "qwen2", o_bias=attention_bias and family != "qwen2",
+            mlp_bias=family == "llama" and bool(c.get("mlp_bias", False)),
+            qk_norm={"qwen3": "head", "qwen3_moe": "head", "olmoe": "full"}.get(family, ""),
+            clip_qkv=c.get("clip_qkv") if family == "olmoe" else None)
+        if family in ("mixtral", "qwen3_moe", "olmoe"):
+            config.num_experts = c["num_local_experts"] if family == "mixtral" else c["num_experts"]
+            config.experts_per_token = c["num_experts_per_tok"]
+            config.expert_size = c["moe_intermediate_size"] if family == "qwen3_moe" else c["intermediate_size"]
+            config.norm_topk_prob = family == "mixtral" or bool(c.get("norm_topk_prob", False))
+            dense, every = c.get("mlp_only_layers") or [], c.get("decoder_sparse_step", 1)
+            config.moe_layers = frozenset(i for i in range(layers) if i not in dense and (i + 1) % every == 0)
+        return config
+
+    @staticmethod
+    def _rope(c) -> dict:
+        """Old configs say rope_theta and rope_scaling, new ones rope_parameters; one dictionary for both."""
+        rope = dict(c.get("rope_scaling") or c.get("rope_parameters") or {})
+        if rope and "rope_type" not in rope and "type" not in rope and set(rope) != {"rope_theta"}:
+            raise ValueError(f"config.json: rope_scaling names no rope_type: {rope}")
+        kind = rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+        rope.setdefault("rope_theta", c.get("rope_theta") or (1e6 if c["model_type"] == "mixtral" else 10000.0))
+        if rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)) != 1.0:
+            raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
+        needed = {"default": (), "linear": ("factor",), "yarn": (), "llama3": ("factor", "low_freq_factor",
+                                                                               "high_freq_factor")}
+        if kind not in needed:
+            raise ValueError(f"rope_type: {kind!r} is not supported ({', '.join(needed)} are)")
+        for name in needed[kind]:
+            if rope.get(name) is None:
+                raise ValueError(f"config.json: rope_type {kind} needs {name}")
+        if kind in ("llama3", "yarn"):
+            longest = c["max_position_embeddings"]
+            original = c.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or longest
+            rope["original_max_position_embeddings"] = original
+            rope["factor"] = rope.get("factor") or longest / original
+        return rope
+
+    @staticmethod
+    def _windows(c) -> list[int]:
+        """Per layer the sliding window, 0 where a layer sees everything."""
+        family, layers = c["model_type"], c["num_hidden_layers"]
+        window = c.get("sliding_window", {"mistral": 4096, "qwen2": 4096, "qwen3": 4096}.get(family)) or 0
+        if family not in ("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"):
+            window = 0
+        if family.startswith("qwen") and not c.get("use_sliding_window", False):
+            window = 0
+        if family in ("qwen2", "qwen3"):
+            first = c.get("max_window_layers", 28)
+            kinds = c.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+            if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
+                raise ValueError(f"config.json: layer_types: {', '.join(sorted(unknown))} is not supported")
+            return [window if kind == "sliding_attention" else 0 for kind in kinds]
+        return [window] * layers
+
+
+def refuse(config: dict, name: str, allowed: tuple, default) -> None:
+    """ValueError if config.json asks for something that would change the result and is not built."""
+    if (value := config.get(name, default)) not in allowed:
+        raise ValueError(f"config.json: {name}={value!r} is not supported ({', '.join(map(repr, allowed))} is)")
+
+
+def as_ids(value) -> tuple:
+    """Token ids as a tuple, from None, one id or a list: config files have all three."""
+    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+
+@dataclass
+class Batch:
+    """One step's work: the new tokens of all requests end to end, and where their context lies. See kernels.py."""
+
+    tokens: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64, each token's place in its request
+    slots: torch.Tensor  # [T] int64, where its K and V go: block * block_size + offset
+    block_tables: torch.Tensor  # [B, M] int32, padded with the scratch block
+    context_lens: torch.Tensor  # [B] int32
+    query_start: torch.Tensor  # [B+1] int32
+    rows: torch.Tensor  # [S] int64, the rows of the batch whose logits are wanted
+
+
+@dataclass
+class Layer:
+    """The weights of one transformer block; biases and norms that a family lacks are None. [out, in], fused."""
+
+    attn_norm: torch.Tensor | None = None
+    attn_norm_bias: torch.Tensor | None = None
+    qkv: torch.Tensor | None = None  # [(Hq + 2 Hkv) * D, hidden]
+    qkv_bias: torch.Tensor | None = None
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+    o: torch.Tensor | None = None
+    o_bias: torch.Tensor | None = None
+    mlp_norm: torch.Tensor | None = None
+    mlp_norm_bias: torch.Tensor | None = None
+    gate_up: object = None  # [2 * mlp, hidden], GPT-2: [mlp, hidden]; with experts a list of E
+    gate_up_bias: torch.Tensor | None = None
+    down: object = None
+    down_bias: torch.Tensor | None = None
+    router: torch.Tensor | None = None  # [E, hidden]
+
+
+class GPT:
+    """A decoder-only transformer over the paged cache. Weights are plain attributes, filled by `load` or `randomize`."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, max_len: int | None = None):
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.layers = [Layer() for _ in range(config.num_layers)]
+        self.embed = self.position_embed = self.final_norm = self.final_norm_bias = self.head = None
+        self.rope = None
+        if config.rope:
+            self.rope = kernels.rope_table(config.rope, config.head_dim, max_len or config.max_len, device)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """Write the batch's keys and values into the cache; return the logits of `batch.rows`, [S, V]."""
+        c, scale = self.config, self.config.head_dim**-0.5
+        x, delta = self.embed[batch.tokens], None
+        if self.position_embed is not None:
+            x = x + self.position_embed[batch.positions]
+        for layer, window, (k_cache, v_cache) in zip(self.layers, c.windows, cache.layers):
+            h, x = kernels.add_norm(x, delta, layer.attn_norm, layer.attn_norm_bias, c.norm_eps)
+            qkv = kernels.linear(h, layer.qkv, layer.qkv_bias)
+            q_norm, k_norm = layer.q_norm, layer.k_norm
+            if c.qk_norm == "full":
+                qkv, q_norm, k_norm = self._normalize_and_clip(qkv, q_norm, k_norm), None, None
+            # Write K and V, then attend: a token sees itself through the cache like any other.
+            q = kernels.rope_and_write_kv(qkv, c.num_heads, batch.positions, batch.slots, self.rope, q_norm, k_norm,
+                                          c.norm_eps, k_cache, v_cache)
+            attended = kernels.paged_attention(q, k_cache, v_cache, batch.block_tables, batch.context_lens,
+                                               batch.query_start, scale, window).flatten(1)
+            if layer is self.layers[-1]:  # from here on only the rows that somebody wants logits of
+                attended, x = attended[batch.rows], x[batch.rows]
+            delta = kernels.linear(attended, layer.o, layer.o_bias)
+            h, x = kernels.add_norm(x, delta, layer.mlp_norm, layer.mlp_norm_bias, c.norm_eps)
+            delta = self._mlp(h, layer)
+        h, _ = kernels.add_norm(x, delta, self.final_norm, self.final_norm_bias, c.norm_eps)
+        return kernels.linear(h, self.head)[:, : c.vocab_size]
+
+    def _mlp(self, h, layer):
+        c = self.config
+        if layer.router is not None:
+            probs = kernels.linear(h, layer.router).float().softmax(-1)
+            weights, experts = probs.topk(c.experts_per_token, dim=-1)
+            if c.norm_topk_prob:
+                weights = weights / weights.sum(-1, keepdim=True)
+            return kernels.mixture_of_experts(h, experts, weights, layer.gate_up, layer.down)
+        if c.family == "gpt2":
+            h = kernels.linear(h, layer.gate_up, layer.gate_up_bias, gelu=True)
+        else:
+            h = kernels.silu_mul(kernels.linear(h, layer.gate_up, layer.gate_up_bias))
+        return kernels.linear(h, layer.down, layer.down_bias)
+
+    def _normalize_and_clip(self, qkv, q_norm, k_norm):
+        """OLMoE normalises q and k over all heads at once, then clips all three."""
+        q, k, v = qkv.split([len(q_norm), len(k_norm), len(k_norm)], dim=-1)
+        eps, clip = self.config.norm_eps, self.config.clip_qkv
+        qkv = torch.cat([kernels.rms_norm(q, q_norm, eps), kernels.rms_norm(k, k_norm, eps), v], dim=-1)
+        return qkv if clip is None else qkv.clamp_(-clip, clip)
+
+    def set(self, place: Place, weight: torch.Tensor) -> None:
+        """Install one weight; what is multiplied with is reordered for that first (see `kernels.pack_weight`)."""
+        if place.name in ("qkv", "o", "gate_up", "down", "router", "head"):
+            weight = kernels.pack_weight(weight)
+        owner = self if place.layer is None else self.layers[place.layer]
+        if place.expert is None:
+            setattr(owner, place.name, weight)
+        else:
+            setattr(owner, place.name, getattr(owner, place.name) or [None] * self.config.num_experts)
+            getattr(owner, place.name)[place.expert] = weight
+        if place.name == "embed" and self.config.tie_embeddings:
+            self.head = kernels.pack_weight(weight)
+
+    def randomize(self, seed: int = 0, std: float = 0.02) -> GPT:
+        """Normal weights, norms of one: for measuring a shape's speed, where values do not matter. Returns itself."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for place in {(p.layer, p.name, p.expert): p for p in layout(self.config).values()}.values():
+            weight = torch.empty(place.shape, dtype=self.dtype, device=self.device)
+            is_norm = place.name.endswith("norm")
+            self.set(place, weight.fill_(1) if is_norm else weight.normal_(0, std, generator=generator))
+        return self
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights, counting a tied embedding once."""
+        return sum(math.prod(p.shape) for p in {(p.layer, p.name, p.expert): p
+                                                for p in layout(self.config).values()}.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Place:
+    """Where a tensor of a checkpoint goes: rows `row ..` of parameter `name`, whose whole shape is `shape`."""
+
+    layer: int | None
+    name: str
+    shape: tuple[int, ...]
+    row: int
+    num_rows: int
+    transposed: bool = False  # GPT-2 stores [in, out]
+    expert: int | None = None
+
+
+def layout(c: ModelConfig) -> dict[str, Place]:
+    """Every tensor that a checkpoint of this configuration must hold, by its name in the file."""
+    places: dict[str, Place] = {}
+
+    def add(layer, name, parts, cols=None, **options):
+        """Parameter `name` is the tensors `parts` = [(source, rows), ...] on top of each other."""
+        total, row = sum(rows for _, rows in parts), 0
+        for source, rows in parts:
+            places[source] = Place(layer, name, (total,) if cols is None else (total, cols), row, rows, **options)
+            row += rows
+
+    def product(layer, name, parts, cols, bias, **options):
+        add(layer, name, [(f"{source}.weight", rows) for source, rows in parts], cols, **options)
+        if bias:
+            add(layer, f"{name}_bias", [(f"{source}.bias", rows) for source, rows in parts])
+
+    q, kv, hidden = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size
+    if c.family == "gpt2":
+        add(None, "embed", [("wte.weight", c.vocab_size)], hidden)
+        add(None, "position_embed", [("wpe.weight", c.max_len)], hidden)
+        names = [(None, "final_norm", "ln_f")]
+        for i in range(c.num_layers):
+            names += [(i, "attn_norm", f"h.{i}.ln_1"), (i, "mlp_norm", f"h.{i}.ln_2")]
+            for name, source, rows, cols in (("qkv", "attn.c_attn", 3 * q, hidden), ("o", "attn.c_proj", hidden, q),
+                                             ("gate_up", "mlp.c_fc", c.mlp_size, hidden),
+                                             ("down", "mlp.c_proj", hidden, c.mlp_size)):
+                product(i, name, [(f"h.{i}.{source}", rows)], cols, bias=True, transposed=True)
+        for i, name, source in names:
+            product(i, name, [(source, hidden)], None, bias=True)
+    else:
+        add(None, "embed", [("model.embed_tokens.weight", c.vocab_size)], hidden)
+        add(None, "final_norm", [("model.norm.weight", hidden)])
+        for i in range(c.num_layers):
+            at = f"model.layers.{i}"
+            add(i, "attn_norm", [(f"{at}.input_layernorm.weight", hidden)])
+            add(i, "mlp_norm", [(f"{at}.post_attention_layernorm.weight", hidden)])
+            parts = [(f"{at}.self_attn.{n}_proj", rows) for n, rows in (("q", q), ("k", kv), ("v", kv))]
+            product(i, "qkv", parts, hidden, c.qkv_bias)
+            product(i, "o", [(f"{at}.self_attn.o_proj", hidden)], q, c.o_bias)
+            if c.qk_norm:
+                q_norm, k_norm = (q, kv) if c.qk_norm == "full" else (c.head_dim, c.head_dim)
+                add(i, "q_norm", [(f"{at}.self_attn.q_norm.weight", q_norm)])
+                add(i, "k_norm", [(f"{at}.self_attn.k_norm.weight", k_norm)])
+            if i in c.moe_layers:
+                moe, (gate, up, down) = ((f"{at}.block_sparse_moe", ("w1", "w3", "w2")) if c.family == "mixtral" else
+                                         (f"{at}.mlp", ("gate_proj", "up_proj", "down_proj")))
+                product(i, "router", [(f"{moe}.gate", c.num_experts)], hidden, False)
+                for e in range(c.num_experts):
+                    parts = [(f"{moe}.experts.{e}.{n}", c.expert_size) for n in (gate, up)]
+                    product(i, "gate_up", parts, hidden, False, expert=e)
+                    product(i, "down", [(f"{moe}.experts.{e}.{down}", hidden)], c.expert_size, False, expert=e)
+            else:
+                product(i, "gate_up", [(f"{at}.mlp.{n}_proj", c.mlp_size) for n in ("gate", "up")], hidden, c.mlp_bias)
+                product(i, "down", [(f"{at}.mlp.down_proj", hidden)], c.mlp_size, c.mlp_bias)
+    if not c.tie_embeddings:
+        add(None, "head", [("lm_head.weight", c.vocab_size)], hidden)
+    return places
+
+
+def load(folder: Path, device: torch.device, dtype: torch.dtype, max_len: int | None = None) -> GPT:
+    """Read a Hugging Face folder (config.json and safetensors, sharded or not) into a GPT.
+
+    Tensor by tensor: peak memory is the model plus its largest weight. ValueError names any tensor that is missing,
+    left over or of the wrong shape, and any file that is absent or damaged.
+    """
+    from safetensors import SafetensorError
+    from tqdm import tqdm
+
+    config = ModelConfig.from_dict(read_json(folder / "config.json"))
+    model, places, surplus = GPT(config, dtype, device, max_len), layout(config), []
+    tied = {"lm_head.weight"} if config.tie_embeddings else set()
+    parts: dict[tuple, tuple[torch.Tensor, int]] = {}  # parameters that wait for more rows, and how many
+    progress = tqdm(total=len(places), desc="loading", unit=" tensors", leave=False,
+                    disable=model.num_parameters < 3e8 or not sys.stderr.isatty())
+    for path in weight_files(folder):
+        try:
+            for name, tensor in read_tensors(path):
+                short = name.removeprefix("transformer.") if config.family == "gpt2" else name
+                place = places.pop(short, None)
+                if place is None:
+                    # Masks and frequencies that old checkpoints carry along are computed here, not loaded.
+                    if not (short in tied or re.search(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$", short)):
+                        surplus.append(name)
+                    continue
+                tensor = tensor.T if place.transposed and tensor.dim() == 2 else tensor
+                expected = (place.num_rows, *place.shape[1:])
+                if tuple(tensor.shape) != expected:
+                    raise ValueError(f"{path.name}: {name} has shape {list(tensor.shape)}, config.json implies "
+                                     f"{list(expected)}")
+                key = (place.layer, place.name, place.expert)
+                weight, missing = parts.pop(key, (None, place.shape[0]))
+                weight = torch.empty(place.shape, dtype=dtype, device=device) if weight is None else weight
+                weight[place.row : place.row + place.num_rows] = tensor
+                if missing == place.num_rows:
+                    model.set(place, weight)
+                else:
+                    parts[key] = weight, missing - place.num_rows
+                progress.update()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path.name}: not a readable safetensors file ({error})") from None
+    progress.close()
+    for what, names in (("is missing", sorted(places)), ("is not part of this model", sorted(surplus))):
+        if names:
+            more = f" (and {len(names) - 5} more)" if len(names) > 5 else ""
+            raise ValueError(f"{folder}: tensor {', '.join(names[:5])}{more} {what}")
+    return model
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that config.json's model is in: those the index names, else the single one. Never whatever lies around."""
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"model: {folder} has no {name}")
+    return [folder / name for name in names]
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) for everything in a safetensors file.
+
+    Tensors are views of the mapped file. It is mapped anew now and then, or all of it would end up in memory.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        names = sorted(file.keys(), reverse=True)
+    while names:
+        budget = 1 << 28
+        with safe_open(path, framework="pt") as file:
+            while names and budget > 0:
+                tensor = file.get_tensor(names[-1])
+                budget -= tensor.nbytes
+                yield names.pop(), tensor
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file's contents; ValueError names the file if it is absent or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"model: {path.parent} has no {path.name}") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path.name}: not readable as JSON ({error})") from None
+
+
+def find_model(model: str | os.PathLike | None) -> Path:
+    """The folder of a model: itself, or fetched from the Hugging Face hub if it is a name like org/name."""
+    folder = Path(model) if model is not None else DEFAULT_MODEL
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or str(model).startswith("."):
+        raise ValueError(f"model: there is no folder {folder}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.json", "model*.safetensors", "*.jinja"]))
+    except Exception as error:  # whatever the network or the hub came up with, it is one line to the user
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"model: {model} is no folder here, and could not be fetched from the hub: {first}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """Text to token ids and back, and a conversation to a prompt, from the tokenizer files of a checkpoint."""
+
+    def __init__(self, folder: Path):
+        import tokenizers
+
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"tokenizer.json: not a readable tokenizer ({error})") from None
+        path = folder / "tokenizer_config.json"
+        config = read_json(path) if path.exists() else {}
+        self.special = {name: token["content"] if isinstance(token := config.get(name), dict) else token
+                        for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        template = folder / "chat_template.jinja"
+        self.chat_template = template.read_text(encoding="utf-8") if template.exists() else config.get("chat_template")
+        if isinstance(self.chat_template, list):  # several named ones
+            self.chat_template = {entry["name"]: entry["template"] for entry in self.chat_template}.get("default")
+        ids = self.backend.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids) + 1
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with whatever the tokenizer puts around one (often a BOS)."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The text of some token ids."""
+        return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def render_chat(self, messages: list[dict], add_generation_prompt: bool = True, **variables) -> str:
+        """The prompt text of [{"role": ..., "content": ...}, ...]. ValueError if the template refuses them.
+
+        Templates come with checkpoints, so they run in a sandbox.
+        """
+        if not self.chat_template:
+            raise ValueError("chat: this model's tokenizer has no chat template")
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def raise_exception(message):
+            raise jinja2.exceptions.TemplateError(message)
+
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        env.globals.update(raise_exception=raise_exception, strftime_now=lambda form: time.strftime(form))
+        try:
+            return env.from_string(self.chat_template).render(
+                messages=messages, add_generation_prompt=add_generation_prompt,
+                **{name: token for name, token in self.special.items() if token}, **variables)
+        except jinja2.exceptions.TemplateError as error:
+            raise ValueError(f"chat: the model's template refuses these messages: {error}") from None
+
+    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = True, **variables) -> list[int]:
+        """The prompt's token ids. The template already wrote BOS, so none is added."""
+        return self.encode(self.render_chat(messages, add_generation_prompt, **variables), add_special_tokens=False)
+
+
+class Detokenizer:
+    """A request's text, token by token: never half a character, never a stop string.
+
+    `text` only grows, so that it can be shown while it does. As many characters as could still turn out to begin a stop
+    string are held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: tuple[str, ...] = ()):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.text, self.stopped, self.num_tokens = "", False, 0
+        self._held, self._hold = "", max(map(len, stop), default=1) - 1
+        self._pending: list[int] = []  # tokens that have shown nothing yet: part of a character, or special
+        self._start(prompt[-8:])  # decoding starts inside the prompt, or a leading space would be lost
+
+    def push(self, token: int, may_stop: bool = True) -> None:
+        """Add a token. A stop string that is complete sets `stopped`, and the text ends before it."""
+        self.num_tokens += 1
+        self._pending.append(token)
+        try:
+            piece = self._stream.step(self.tokenizer.backend, token)
+        except Exception:  # "invalid prefix": bytes that are no character changed what was decoded before them
+            piece = self.tokenizer.decode(self._pending)
+            self._start(self._pending)
+        if piece:
+            self._pending = []
+            self._show(piece, may_stop)
+
+    def finish(self) -> None:
+        """No more tokens will come: show what is held back, half a character as the replacement character."""
+        if self._pending:
+            self._show(self.tokenizer.decode(self._pending), True)
+        self.text, self._held, self._pending = self.text + self._held, "", []
+
+    def _start(self, ids):
+        from tokenizers.decoders import DecodeStream
+
+        self._stream = DecodeStream(ids=list(ids), skip_special_tokens=True)
+
+    def _show(self, piece, may_stop):
+        if self.stopped:
+            return
+        self._held += piece
+        found = [at for at in (self._held.find(stop) for stop in self.stop) if at >= 0] if may_stop else []
+        self.stopped = bool(found)
+        cut = min(found) if found else max(0, len(self._held) - self._hold)
+        self.text, self._held = self.text + self._held[:cut], "" if found else self._held[cut:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may be asked for, and what comes back
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def option(default, low, high, kind=(int, float), **more):
+    """A sampling option that is a number from low to high."""
+    return field(default=default, metadata={"low": low, "high": high, "kind": kind}, **more)
+
+
+@dataclass
+class SamplingParams:
+    """How to turn logits into tokens, and when to stop. An unknown or impossible value raises ValueError naming it.
+
+    Applied in this order: logit_bias, penalties, bans (min_tokens), temperature, top_k, top_p, min_p. The same seed
+    gives the same sample whatever else is in the batch. Survey B v1 3.2.5 (Sampling optimization).
+    """
+
+    temperature: float = option(1.0, 0, 1e6)  # 0: the most likely token
+    top_k: int = option(0, 0, 2**31, int)  # keep the k most likely tokens; 0: all
+    top_p: float = option(1.0, 0, 1)  # keep the most likely tokens that together reach this probability
+    min_p: float = option(0.0, 0, 1)  # keep tokens with at least this share of the largest probability
+    repetition_penalty: float = option(1.0, 1e-3, 1e3)  # over prompt and output; 1: none
+    presence_penalty: float = option(0.0, -100, 100)  # subtracted once from what occurs in the output
+    frequency_penalty: float = option(0.0, -100, 100)  # subtracted for each occurrence in the output
+    seed: int | None = option(None, -(2**63), 2**64 - 1, int)  # None: drawn from the LLM's own
+    n: int = option(1, 1, 4096, int)  # samples of the prompt
+    max_tokens: int | None = option(None, 1, 2**31, int)  # None: 256, or fewer if that is what fits
+    min_tokens: int = option(0, 0, 2**31, int)  # until then nothing stops the output
+    stop: str | list[str] | tuple = ()  # texts that end the output and are not part of it
+    stop_token_ids: list[int] | tuple = ()  # tokens that do the same, besides the model's own
+    ignore_eos: bool = False  # the model's own end tokens do not end the output
+    logprobs: int | None = option(None, 0, 1000, int)  # report the chosen token's log-probability, and of the k likeliest
+    prompt_logprobs: int | None = option(None, 0, 1000, int)  # the same for every token of the prompt
+    logit_bias: dict[int, float] | None = None  # added to these tokens' logits
+
+    def __new__(cls, *args, **options):
+        known = {f.name for f in fields(cls)}
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                raise ValueError(f"{name}: there is no such sampling option" + (f"; {close[0]} is one" if close else ""))
+        return super().__new__(cls)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not f.metadata or (value is None and f.default is None):
+                continue
+            low, high, kind = f.metadata["low"], f.metadata["high"], f.metadata["kind"]
+            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+                what = "an integer" if kind is int else "a number"
+                raise ValueError(f"{f.name}: must be {what} from {low:g} to {high:g}, got {value!r}")
+        if self.top_p == 0:
+            raise ValueError("top_p: must be greater than 0, got 0")
+        self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop: must be non-empty texts, got {self.stop!r}")
+        self.stop_token_ids = tuple(self.stop_token_ids or ())
+        if not all(isinstance(token, int) and token >= 0 for token in self.stop_token_ids):
+            raise ValueError(f"stop_token_ids: must be token ids, got {self.stop_token_ids!r}")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos: must be True or False, got {self.ignore_eos!r}")
+        if self.logit_bias is not None and not (isinstance(self.logit_bias, dict) and all(
+                isinstance(token, int) and isinstance(bias, (int, float)) and not math.isnan(bias) and bias < math.inf
+                for token, bias in self.logit_bias.items())):
+            raise ValueError(f"logit_bias: must map token ids to numbers, got {self.logit_bias!r}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens: {self.min_tokens} is more than max_tokens={self.max_tokens}")
+
+
+@dataclass
+class Output:
+    """One finished sample. `token_ids` ends with the token that stopped it, if one did; `text` does not show it.
+
+    logprobs[i] is {token id: log-probability} of the i-th output token and its likeliest rivals under the model as it is,
+    before penalties and temperature; prompt_logprobs[i] the same for the prompt, None for its first token.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str  # "stop" | "length" | "abort"
+    prompt_token_ids: list[int]
+    logprobs: list[dict[int, float]] | None = None
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LLM:
+    """A model, its cache and its queue. `generate` and `stream` are loops around `step`.
+
+    model: a folder in Hugging Face format, a name on its hub, a GPT, or None for the small model in tutorial/
+    device: "auto" (CUDA where there is one, else the CPU), "cuda", "cpu", "mps"; dtype: "auto" or a name in DTYPES
+    kv_memory: bytes for the KV cache, or a fraction of the free memory below 1; None: 0.85 on a GPU, 1 GiB elsewhere
+    max_batch_tokens: the token budget of a step; max_batch_requests: how many requests run at once
+    policy: "fcfs", "priority", "shortest", or a function of a Request whose smallest value goes first
+    """
+
+    def __init__(self, model: str | os.PathLike | GPT | None = None, *, device: str = "auto", dtype: str = "auto",
+                 kv_memory: float | int | None = None, block_size: int = 16, max_batch_tokens: int | None = None,
+                 max_batch_requests: int = 256, max_model_len: int | None = None,
+                 policy: str | Callable[[Request], object] = "fcfs", prefix_caching: bool = True, seed: int = 0):
+        if isinstance(model, GPT):
+            self.model, self.tokenizer, self.eos_ids = model, None, frozenset(model.config.eos_ids)
+        else:
+            self._load(find_model(model), pick_device(device), dtype, max_model_len)
+        config, self.device = self.model.config, self.model.device
+        self.max_model_len = max_model_len or config.max_len
+        if not 1 < self.max_model_len <= config.max_len:
+            raise ValueError(f"max_model_len: must be from 2 to the model's {config.max_len}, got {max_model_len}")
+        max_batch_tokens = max_batch_tokens or max(max_batch_requests, 8192 if self.device.type == "cuda" else 1024)
+        num_blocks = self._num_blocks(kv_memory, block_size, max_batch_requests)
+        self.pool = BlockPool(num_blocks, block_size, prefix_caching)
+        self.scheduler = Scheduler(self.pool, max_batch_tokens=max_batch_tokens, max_batch_requests=max_batch_requests,
+                                   max_model_len=self.max_model_len, policy=policy)
+        self.cache = KVCache(config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim,
+                             self.model.dtype, self.device)
+        self._random = random.Random(seed)
+        self._counts = dict.fromkeys(("steps", "forward_passes", "computed_tokens", "prompt_tokens", "output_tokens",
+                                      "finished", "aborted"), 0)
+        log.info(self.describe())
+
+    def _load(self, folder, device, dtype, max_model_len):
+        config = ModelConfig.from_dict(read_json(folder / "config.json"))
+        self.tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+        if self.tokenizer and self.tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(f"tokenizer.json: has ids up to {self.tokenizer.vocab_size - 1}, the model's vocabulary ends "
+                             f"at {config.vocab_size - 1}")
+        generation = folder / "generation_config.json"
+        eos = as_ids(read_json(generation).get("eos_token_id")) if generation.exists() else ()
+        self.eos_ids = frozenset(eos or config.eos_ids)
+        self.model = load(folder, device, pick_dtype(dtype, device, config.dtype), max_model_len)
+
+    def _num_blocks(self, kv_memory, block_size, max_batch_requests) -> int:
+        c, device = self.model.config, self.device
+        block_bytes = KVCache.bytes_per_block(c.num_layers, block_size, c.num_kv_heads, c.head_dim,
+                                              self.model.dtype.itemsize)
+        if kv_memory is None:
+            kv_memory = 0.85 if device.type == "cuda" else 1 << 30
+        if isinstance(kv_memory, bool) or not kv_memory > 0:
+            raise ValueError(f"kv_memory: must be bytes, or a fraction of the free memory below 1; got {kv_memory!r}")
+        if kv_memory < 1:
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+            kv_memory *= free
+        # More than every running request at full length can never be used.
+        most = max_batch_requests * -(-self.max_model_len // block_size) + 1
+        num_blocks = min(int(kv_memory // block_bytes), most)
+        if num_blocks < 2:
+            raise ValueError(f"kv_memory: {kv_memory:.0f} bytes are less than two blocks of {block_bytes} bytes; raise "
+                             f"kv_memory, or lower block_size or max_batch_tokens")
+        return num_blocks
+
+    def describe(self) -> str:
+        """One line on what runs where, so that a slow run explains itself."""
+        c, gib = self.model.config, self.cache.data.nbytes / 2**30
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+        if self.device.type == "cpu":
+            cpp = kernels.use_cpp and self.model.dtype in kernels._ELEMENTS and kernels.cpp_library(self.model.dtype)
+            device += f" ({torch.get_num_threads()} threads, {'C++' if cpp else 'PyTorch'} kernels)"
+        return (f"{c.family}, {self.model.num_parameters / 1e6:,.1f}M parameters, {str(self.model.dtype)[6:]} on {device}, "
+                f"{self.pool.num_usable:,} KV blocks of {self.pool.block_size} tokens ({gib:.2f} GiB), at most "
+                f"{self.scheduler.max_batch_requests} requests and {self.scheduler.max_batch_tokens} tokens a step")
+
+    # ---- asking ----
+
+    def generate(self, prompts: str | list[str | list[int]], params: SamplingParams | list[SamplingParams] | None = None,
+                 progress: bool = False) -> list[Output]:
+        """Complete all prompts and return their outputs in order, the n samples of a prompt next to each other.
+
+        A prompt is a text or a list of token ids. ValueError if one can not be served; then none is.
+        """
+        from tqdm import tqdm
+
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        params = params if isinstance(params, (list, tuple)) else [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"params: {len(params)} were given for {len(prompts)} prompts")
+        requests: list[Request] = []
+        try:
+            for prompt, options in zip(prompts, params):
+                requests.append(self.add_request(prompt, options))
+            with tqdm(total=len(requests), disable=not progress, unit=" requests") as bar:
+                while any(request.status != FINISHED for request in chain(*(r.samples for r in requests))):
+                    self.step()
+                    bar.update(sum(all(s.status == FINISHED for s in r.samples) for r in requests) - bar.n)
+        except BaseException:
+            for request in requests:
+                self.abort(request)
+            raise
+        samples = list(chain(*(request.samples for request in requests)))
+        for request in samples:
+            if request.error:
+                raise ValueError(request.error)
+        return [self.output(request) for request in samples]
+
+    def stream(self, prompt: str | list[int], params: SamplingParams | None = None) -> Iterator[str]:
+        """The text of one completion, piece by piece as it comes. Leaving the loop early aborts the request."""
+        if params and params.n > 1:
+            raise ValueError(f"n: a stream is one sample, got n={params.n}")
+        request, shown = self.add_request(prompt, params), 0
+        try:
+            while request.status != FINISHED:
+                self.step()
+                text = self.text(request)
+                if len(text) > shown:
+                    yield text[shown:]
+                    shown = len(text)
+            if request.error:
+                raise ValueError(request.error)
+        finally:
+            self.abort(request)
+
+    def add_request(self, prompt: str | list[int], params: SamplingParams | None = None, priority: int = 0,
+                    cache_salt: str | None = None) -> Request:
+        """Queue one prompt for the steps to come. ValueError if it can never be served, naming the limit.
+
+        With n > 1, `request.samples` lists the samples once the prompt is computed. Requests with unequal `cache_salt`
+        never share cached prefixes. Smaller `priority` is more urgent, where the policy looks at it.
+        """
+        params = params or SamplingParams()
+        tokens = self._tokens(prompt)
+        room = min(self.max_model_len, self.pool.num_usable * self.pool.block_size + 1) - len(tokens)
+        vocab = self.model.config.vocab_size
+        for name, ids in (("prompt", tokens), ("logit_bias", params.logit_bias or ()),
+                          ("stop_token_ids", params.stop_token_ids)):
+            if ids and not 0 <= min(ids) <= max(ids) < vocab:
+                raise ValueError(f"{name}: token id {min(ids) if min(ids) < 0 else max(ids)} is outside the vocabulary "
+                                 f"(0 to {vocab - 1})")
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop: this model has no tokenizer, so it has no text to look for stop strings in")
+        request = Request(tokens, params.max_tokens or max(1, min(256, room)), priority=priority, width=params.n,
+                          root=cache_salt, reuse_prefix=params.prompt_logprobs is None, params=params)
+        request.seed = self._random.getrandbits(64) if params.seed is None else params.seed % 2**64
+        return self.scheduler.add(request)
+
+    def _tokens(self, prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("prompt: this model has no tokenizer, so prompts must be lists of token ids")
+            return self.tokenizer.encode(prompt)
+        if not isinstance(prompt, (list, tuple)) or not all(type(token) is int for token in prompt):
+            raise ValueError(f"prompt: must be a text or a list of token ids, got {type(prompt).__name__}")
+        return list(prompt)
+
+    def abort(self, request: Request) -> None:
+        """End a request, and all its samples if it is the one `add_request` returned; its blocks are free at once."""
+        for sample in request.samples if request is request.samples[0] else [request]:
+            if sample.status != FINISHED:
+                self.scheduler.finish(sample, "abort")
+                self._counts["aborted"] += 1
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.scheduler.has_work()
+
+    def stats(self) -> dict[str, int]:
+        """Exact counters since the start, and the state of queue and pool now.
+
+        steps, forward_passes · computed_tokens: rows that went through the model; prompt_tokens: those of them that
+        belong to prompts; output_tokens: generated; hit_tokens: found in the prefix cache instead of computed ·
+        preemptions, finished, aborted · waiting, running · blocks_used, blocks_cached (free, but matching a prefix),
+        blocks_free.
+        """
+        return {**self._counts, "hit_tokens": self.scheduler.num_hit_tokens,
+                "preemptions": self.scheduler.num_preemptions, "waiting": self.scheduler.num_waiting,
+                "running": len(self.scheduler.running), **self.pool.stats()}
+
+    # ---- the step ----
+
+    def step(self) -> list[Request]:
+        """Bring every scheduled request forward, and return those that got a token or ended."""
+        plan = self.scheduler.schedule()
+        if not plan:
+            return []
+        batch, prompt_rows = self.pack(plan)
+        logits = self.model.forward(batch, self.cache)
+        self._counts["steps"] += 1
+        self._counts["forward_passes"] += 1
+        self._counts["computed_tokens"] += len(batch.tokens)
+        for (request, position), row in zip(prompt_rows, logits[len(logits) - len(prompt_rows):]):
+            self._record(request, position, row.float().log_softmax(-1))
+        samplers: list[Request] = []
+        for request, n in plan:
+            self._counts["prompt_tokens"] += min(n, max(0, request.num_prompt - request.num_computed))
+            if self.scheduler.advance(request, n):
+                samplers += self.scheduler.fork(request)
+        return self.commit(samplers, *self.sample(samplers, logits[: len(samplers)]))
+
+    def pack(self, plan: list[tuple[Request, int]]) -> tuple[Batch, list[tuple[Request, int]]]:
+        """Lay the planned tokens end to end. Returns the batch, and (request, position) of the rows that follow those
+        to be sampled in `batch.rows`: prompt positions whose log-probabilities somebody asked for.
+        """
+        self.cache.copy_blocks(self.pool.take_copies())
+        counts = np.array([n for _, n in plan])
+        computed = np.array([request.num_computed for request, _ in plan])
+        query_start = np.concatenate([[0], counts.cumsum()])
+        width = max(len(request.block_table) for request, _ in plan)
+        tables = np.full((len(plan), width), SCRATCH, dtype=np.int32)
+        tokens: list[int] = []
+        rows: list[int] = []
+        prompt_rows: list[tuple[Request, int]] = []
+        for i, (request, n) in enumerate(plan):
+            start, end = request.num_computed, request.num_computed + n
+            tokens += request.tokens[start:end]
+            tables[i, : len(request.block_table)] = request.block_table
+            if end == len(request.tokens):
+                rows += [query_start[i + 1] - 1] * request.width
+            if not request.reuse_prefix and request.num_output == 0:
+                prompt_rows += [(request, p) for p in range(start, min(end, request.num_prompt - 1))]
+        first_row = {request: query_start[i] - request.num_computed for i, (request, _) in enumerate(plan)}
+        rows += [first_row[request] + position for request, position in prompt_rows]
+        owner = np.repeat(np.arange(len(plan)), counts)
+        positions = np.arange(len(tokens)) - (query_start[:-1] - computed)[owner]
+        size = self.pool.block_size
+        slots = tables[owner, positions // size].astype(np.int64) * size + positions % size
+
+        def put(array, dtype):
+            return torch.from_numpy(np.asarray(array, dtype=dtype)).to(self.device)
+
+        return Batch(put(tokens, np.int64), put(positions, np.int64), put(slots, np.int64), put(tables, np.int32),
+                     put(computed + counts, np.int32), put(query_start, np.int32), put(rows, np.int64)), prompt_rows
+
+    def sample(self, requests: list[Request], logits: torch.Tensor) -> tuple[list[int], list[bool], list[dict | None]]:
+        """For row i of logits [S, V], which belongs to requests[i]: the next token, whether the logits made sense (no
+        NaN, something left to choose), and the log-probabilities asked for.
+        """
+        if not requests:
+            return [], [], []
+        params = [request.params for request in requests]
+        logprobs: list[dict | None] = [None] * len(requests)
+        asked = [i for i, p in enumerate(params) if p.logprobs is not None]
+        raw = logits[asked].float().log_softmax(-1) if asked else None
+        logits = self._edit(requests, logits)
+        if all(p.temperature == 0 for p in params):
+            best, tokens = logits.max(-1)
+        else:
+            noise = kernels.uniform_noise(
+                np.array([request.seed for request in requests], dtype=np.uint64)
+                ^ np.array([request.sample_index << 40 for request in requests], dtype=np.uint64),
+                np.array([request.num_output for request in requests]))
+
+            def column(values, dtype=torch.float32):
+                return torch.tensor(values, dtype=dtype, device=logits.device)
+
+            tokens = kernels.sample(logits, column([p.temperature for p in params]),
+                                    column([p.top_k for p in params], torch.int64), column([p.top_p for p in params]),
+                                    column([p.min_p for p in params]), torch.from_numpy(noise).to(logits.device))
+            best = logits.amax(-1)
+        tokens, sound = tokens.tolist(), best.isfinite().tolist()
+        for i, row in zip(asked, raw if asked else ()):
+            logprobs[i] = top_logprobs(row, tokens[i], params[i].logprobs)
+        return tokens, sound, logprobs
+
+    def _edit(self, requests, logits):
+        """Logits after biases, penalties and bans, all as one list of changes to single entries."""
+        rows, tokens, divide, add = [], [], [], []
+        for i, request in enumerate(requests):
+            p, edits = request.params, {}
+            for token, bias in (p.logit_bias or {}).items():
+                edits[token] = [1.0, bias]
+            if p.presence_penalty or p.frequency_penalty:
+                for token in request.tokens[request.num_prompt:]:
+                    edit = edits.setdefault(token, [1.0, 0.0])
+                    edit[1] -= p.frequency_penalty
+                for token in set(request.tokens[request.num_prompt:]):
+                    edits[token][1] -= p.presence_penalty
+            if p.repetition_penalty != 1:
+                for token in set(request.tokens):
+                    edits.setdefault(token, [1.0, 0.0])[0] = p.repetition_penalty
+            if request.num_output < p.min_tokens:
+                for token in self._stop_ids(p):
+                    edits[token] = [1.0, -math.inf]
+            rows += [i] * len(edits)
+            tokens += edits
+            divide += [d for d, _ in edits.values()]
+            add += [a for _, a in edits.values()]
+        if not rows:
+            return logits
+        logits = logits.float()
+        make = torch.tensor
+        return kernels.edit_logits(logits, make(rows, device=logits.device), make(tokens, device=logits.device),
+                                   make(divide, device=logits.device), make(add, device=logits.device))
+
+    def commit(self, requests: list[Request], tokens: list[int], sound: list[bool], logprobs: list[dict | None]
+               ) -> list[Request]:
+        """Append each request's token and end those that are done. Returns the requests."""
+        for request, token, ok, logprob in zip(requests, tokens, sound, logprobs):
+            p = request.params
+            if not ok:
+                request.error = (f"request {request.arrival}: the model's logits at position {len(request.tokens) - 1} are "
+                                 f"not finite numbers, or every token is banned")
+                self.scheduler.finish(request, "abort")
+                self._counts["aborted"] += 1
+                continue
+            request.tokens.append(token)
+            self._counts["output_tokens"] += 1
+            if logprob is not None:
+                request.logprobs.append(logprob)
+            if token in self._stop_ids(p):
+                reason, request.ended_by_token = "stop", True
+            elif p.stop and self._read(request).stopped:
+                reason = "stop"
+            elif request.num_output >= request.max_tokens:
+                reason = "length"
+            else:
+                continue
+            self.scheduler.finish(request, reason)
+            self._counts["finished"] += 1
+        return requests
+
+    def _stop_ids(self, p: SamplingParams) -> frozenset:
+        """The tokens that end the output of a request with these parameters."""
+        if not p.stop_token_ids:
+            return frozenset() if p.ignore_eos else self.eos_ids
+        return frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else self.eos_ids)
+
+    def _record(self, request, position, logprobs):
+        if not request.prompt_logprobs:
+            request.prompt_logprobs = [None] * request.num_prompt
+        chosen = request.tokens[position + 1]
+        request.prompt_logprobs[position + 1] = top_logprobs(logprobs, chosen, request.params.prompt_logprobs)
+
+    # ---- text ----
+
+    def _read(self, request: Request) -> Detokenizer:
+        """The request's detokenizer, brought up to date with its tokens; only who needs text pays for it."""
+        if request.detokenizer is None:
+            request.detokenizer = Detokenizer(self.tokenizer, request.tokens[: request.num_prompt], request.params.stop)
+        reader, end = request.detokenizer, len(request.tokens) - request.ended_by_token
+        for token in request.tokens[request.num_prompt + reader.num_tokens : end]:
+            reader.push(token, may_stop=reader.num_tokens + 1 >= request.params.min_tokens)
+        return reader
+
+    def text(self, request: Request) -> str:
+        """The text generated so far, as far as it can be shown; all of it once the request is finished."""
+        if self.tokenizer is None:
+            return ""
+        reader = self._read(request)
+        if request.status == FINISHED:
+            reader.finish()
+        return reader.text
+
+    def output(self, request: Request) -> Output:
+        """What `generate` returns for a finished request."""
+        return Output(self.text(request), request.tokens[request.num_prompt:], request.finish_reason,
+                      request.tokens[: request.num_prompt],
+                      request.logprobs if request.params.logprobs is not None else None,
+                      request.prompt_logprobs or None)
+
+
+def top_logprobs(row: torch.Tensor, chosen: int, k: int) -> dict[int, float]:
+    """{token: log-probability} of the k likeliest tokens of a row [V], likeliest first, and of the chosen one."""
+    values, tokens = row.topk(min(k, len(row)))
+    return {**dict(zip(tokens.tolist(), values.tolist())), chosen: row[chosen].item()}
+
+
+def pick_device(device: str) -> torch.device:
+    """The device by name; "auto" is CUDA where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {device} can not be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def pick_dtype(dtype: str, device: torch.device, stored: str) -> torch.dtype:
+    """The dtype by name. "auto" is as stored on a GPU; on a CPU bfloat16 where it computes in that, else float32."""
+    if dtype == "auto":
+        if device.type == "cpu":
+            fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            return torch.bfloat16 if fast else torch.float32
+        dtype = stored
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def free_memory() -> int:
+    """Bytes of main memory that could be had now."""
+    try:
+        return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    except (OSError, TypeError):
+        return 4 << 30  # no such file outside Linux; a modest guess
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+
+_LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
+_QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "rms_norm_eps": 1e-6,
+          "tie_word_embeddings": True, "rope_theta": 1e6}
+# config.json of shapes that are measured with random weights. Facts from the published configurations.
+SHAPES = {
+    "gpt2": {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12,
+             "n_head": 12, "n_positions": 1024, "activation_function": "gelu_new"},
+    "qwen3-small": _QWEN3 | {"vocab_size": 16384, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8,
+                             "num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 1536,
+                             "max_position_embeddings": 4096},
+    "qwen3-0.6b": _QWEN3 | {"vocab_size": 151936, "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16,
+                            "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072,
+                            "max_position_embeddings": 40960},
+    "llama-3.1-8b": _LLAMA | {"vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+                              "num_key_value_heads": 8, "intermediate_size": 14336, "max_position_embeddings": 131072,
+                              "rope_theta": 500000.0, "tie_word_embeddings": False,
+                              "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}},
+}
+
+
+def workload(requests: int, input_lens: tuple[int, int], output_lens: tuple[int, int], vocab: int, seed: int):
+    """[(prompt token ids, output tokens), ...]: lengths uniform between the bounds, ids uniform over the vocabulary."""
+    rng = random.Random(seed)
+    lengths = [(rng.randint(*input_lens), rng.randint(*output_lens)) for _ in range(requests)]
+    return [([rng.randrange(vocab) for _ in range(prompt)], output) for prompt, output in lengths]
+
+
+def measure_roofline(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """This machine's (bytes/s of a large copy, counting reads and writes; FLOP/s of a 2048-cubed product). Medians."""
+    def seconds(work):
+        times = []
+        for _ in range(9):
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[2:])
+
+    a = torch.randn(2048, 2048, device=device).to(dtype)
+    source = torch.empty(1 << 28, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    packed = kernels.pack_weight(a)
+    bandwidth = 2 * source.nbytes / seconds(lambda: target.copy_(source))
+    return bandwidth, 2 * 2048**3 / seconds(lambda: kernels.linear(a, packed))
+
+
+class Roofline:
+    """Adds up, step by step, the least time that the work could take: the larger of bytes / bandwidth and FLOPs / rate.
+
+    Bytes: all weights once a step, and each request's keys and values once. FLOPs: two per weight and token (the
+    output layer only for sampled rows) and four per query, key, head and dimension. Survey B 2.3.
+    """
+
+    def __init__(self, llm: LLM, bandwidth: float, flops: float):
+        c, self.bandwidth, self.flops, self.seconds, self.llm = llm.model.config, bandwidth, flops, 0.0, llm
+        self.itemsize = llm.model.dtype.itemsize
+        self.head = c.vocab_size * c.hidden_size
+        shapes = {(p.layer, p.name, p.expert): math.prod(p.shape) for p in layout(c).values() if len(p.shape) > 1}
+        self.body = sum(n for (_, name, expert), n in shapes.items() if name not in ("embed", "position_embed", "head")
+                        and (expert is None or expert < c.experts_per_token))
+        self.kv_bytes = KVCache.bytes_per_block(c.num_layers, 1, c.num_kv_heads, c.head_dim, self.itemsize)
+        self.per_pair = 4 * c.num_heads * c.head_dim * c.num_layers
+        self.schedule, llm.scheduler.schedule = llm.scheduler.schedule, self._watch
+
+    def _watch(self):
+        plan = self.schedule()
+        tokens, sampled = sum(n for _, n in plan), sum(request.num_behind == n for request, n in plan)
+        pairs = sum(n * request.num_computed + n * (n + 1) // 2 for request, n in plan)
+        context = sum(request.num_computed + n for request, n in plan)
+        moved = (self.body + self.head) * self.itemsize + context * self.kv_bytes
+        flops = 2 * (self.body * tokens + self.head * sampled) + self.per_pair * pairs
+        self.seconds += max(moved / self.bandwidth, flops / self.flops) if plan else 0.0
+        return plan
+
+    def close(self) -> float:
+        """Stop watching; returns the seconds."""
+        self.llm.scheduler.schedule = self.schedule
+        return self.seconds
+
+
+def run_workload(llm: LLM, work) -> dict[str, float]:
+    """Run [(prompt, output tokens), ...] greedily, all submitted at once. Seconds, and TTFT and ITL samples in ms."""
+    start = time.perf_counter()
+    requests = [llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
+                for prompt, tokens in work]
+    last: dict[Request, float] = {}
+    first_token, gaps = [], []
+    while llm.has_work():
+        changed = llm.step()
+        now = time.perf_counter()
+        for request in changed:
+            if request in last:
+                gaps.append(now - last[request])
+            else:
+                first_token.append(now - start)
+            last[request] = now
+    if any(len(request.tokens) - request.num_prompt != tokens for request, (_, tokens) in zip(requests, work)):
+        raise RuntimeError("a request did not generate as many tokens as it was asked for")
+    return {"seconds": time.perf_counter() - start, "ttft": first_token, "itl": gaps}
+
+
+class TransformersPeer:
+    """The same requests through transformers' continuous batching, for --compare."""
+
+    def __init__(self, shape: dict, dtype: torch.dtype, device: torch.device):
+        import transformers
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+        transformers.logging.set_verbosity_error()
+        config = transformers.AutoConfig.for_model(**shape)
+        config.eos_token_id = config.pad_token_id = None
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        self.model, self.config_class = model.to(device).eval(), ContinuousBatchingConfig
+        self.generation = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1)
+
+    def run(self, work) -> float:
+        """Seconds for all of it."""
+        with self.model.continuous_batching_context_manager(generation_config=self.generation) as manager:
+            start = time.perf_counter()
+            for i, (prompt, tokens) in enumerate(work):
+                manager.add_request(prompt, request_id=str(i), max_new_tokens=tokens)
+            finished = 0
+            while finished < len(work):
+                result = manager.get_result(timeout=1)
+                finished += bool(result and result.is_finished())
+            return time.perf_counter() - start
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Measure throughput and latency on a synthetic workload, and say what share of this machine's roofline that is."""
+    import resource
+
+    device, shape = pick_device(args.device), None
+    if args.model:
+        llm = make_llm(args)
+    else:
+        shape = SHAPES[args.shape]
+        config = ModelConfig.from_dict(shape)
+        dtype = pick_dtype(args.dtype, device, "bfloat16")
+        llm = make_llm(args, GPT(config, dtype, device, args.max_model_len).randomize(args.seed))
+    work = workload(args.requests, args.input_len, args.output_len, llm.model.config.vocab_size, args.seed)
+    num_in, num_out = sum(len(prompt) for prompt, _ in work), sum(tokens for _, tokens in work)
+    print(f"{llm.describe()}\n{len(work)} requests, {num_in:,} tokens in, {num_out:,} out, greedy, all submitted at once")
+    peer = None
+    if args.compare:
+        peer = TransformersPeer(shape or read_json(find_model(args.model) / "config.json"), llm.model.dtype, device)
+        peer.run(work[:2])
+    bandwidth, flops = measure_roofline(llm.model.dtype, device)
+    print(f"this machine, now: {bandwidth / 1e9:.1f} GB/s copying, {flops / 1e9:,.0f} GFLOP/s multiplying")
+    run_workload(llm, work[: max(2, len(work) // 4)])  # warm up: allocations, first use of kernels
+    runs, theirs, floor = [], [], 0.0
+    for _ in range(args.runs):
+        llm.pool.forget()  # the same prompts again would all be prefix hits
+        roofline = Roofline(llm, bandwidth, flops)
+        runs.append(run_workload(llm, work))
+        floor = roofline.close()
+        if peer:
+            theirs.append(peer.run(work))
+    seconds = statistics.median(run["seconds"] for run in runs)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+    each = ", ".join(f"{num_out / run['seconds']:,.0f}" for run in runs)
+    print(f"output      {num_out / seconds:,.0f} tok/s   ({each})")
+    for name in ("ttft", "itl"):
+        samples = np.array(list(chain(*(run[name] for run in runs)))) * 1e3
+        if len(samples):
+            print(f"{name.upper():11s} p50 {np.percentile(samples, 50):,.1f}   p90 {np.percentile(samples, 90):,.1f}   "
+                  f"p99 {np.percentile(samples, 99):,.1f} ms")
+    print(f"roofline    {100 * floor / seconds:.0f} % (the work's floor on this machine is {num_out / floor:,.0f} tok/s)")
+    print(f"peak memory {peak:.2f} GiB" + (" (with the peer's)" if peer and device.type != "cuda" else ""))
+    if theirs:
+        other = statistics.median(theirs)
+        print(f"transformers {num_out / other:,.0f} tok/s: {other / seconds:.2f} times as long")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+USAGE = """nanoserve: a language model server you can read
+
+  nanoserve "Once upon a time"                          complete a prompt
+  nanoserve chat                                        talk to the model
+  nanoserve generate --file prompts.txt --jsonl out     complete a file of prompts, one a line; resumes where it stopped
+  nanoserve bench --shape gpt2 --compare transformers   measure
+
+Each takes --model FOLDER or hub name (default: the small model that comes along), and --help tells the rest.
+"""
+
+
+def make_llm(args: argparse.Namespace, model=None) -> LLM:
+    """An LLM from the command line's options."""
+    return LLM(model or args.model, device=args.device, dtype=args.dtype, kv_memory=args.kv_memory,
+               max_batch_tokens=args.max_batch_tokens, max_batch_requests=args.max_batch_requests,
+               max_model_len=args.max_model_len, seed=args.seed or 0)
+
+
+def sampling_from(args: argparse.Namespace) -> SamplingParams:
+    """SamplingParams from the command line's options."""
+    return SamplingParams(**{f.name: getattr(args, f.name) for f in fields(SamplingParams) if hasattr(args, f.name)})
+
+
+def parse_memory(text: str) -> float | int:
+    """A fraction like 0.8, or bytes like 500000000, 512MiB, 2GB."""
+    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    try:
+        number = float(match[1])
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a fraction nor an amount like 512MiB or 2GB") from None
+    unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
+    return number if unit == 1 and number < 1 else int(number * unit)
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """Lengths like 128 or 16..256."""
+    match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text)
+    if not match or int(match[1]) < 1 or int(match[2] or match[1]) < int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a length like 128 or a range like 16..256")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def parser_for(command: str) -> argparse.ArgumentParser:
+    """The options of one command."""
+    about = {"complete": "Complete a prompt and print the text as it comes.", "chat": "Talk to the model.",
+             "generate": "Complete every line of a file.", "bench": "Measure speed on a synthetic workload."}[command]
+    parser = argparse.ArgumentParser(prog="nanoserve" + (f" {command}" if command != "complete" else ""), description=about,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    if command == "complete":
+        parser.add_argument("prompt", help="text to continue")
+    if command == "generate":
+        parser.add_argument("--file", required=True, help="prompts, one a line")
+        parser.add_argument("--jsonl", required=True, help="where results go, one JSON object a line; what is there is kept")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--model", help="a folder in Hugging Face format or a name on its hub")
+    engine.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    engine.add_argument("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
+    engine.add_argument("--kv-memory", type=parse_memory, help="of the KV cache: 512MiB, 2GB, or a fraction of what is free")
+    engine.add_argument("--max-batch-tokens", type=int, help="token budget of a step")
+    engine.add_argument("--max-batch-requests", type=int, default=256, help="requests that run at once")
+    engine.add_argument("--max-model-len", type=int, help="longest prompt and output together")
+    engine.add_argument("--seed", type=int, default=0 if command == "bench" else None, help="same seed, same text")
+    if command == "bench":
+        parser.add_argument("--shape", default="gpt2", choices=SHAPES, help="random weights of this shape, without --model")
+        parser.add_argument("--requests", type=int, default=32)
+        parser.add_argument("--input-len", type=parse_range, default="16..256", help="tokens of the prompts")
+        parser.add_argument("--output-len", type=parse_range, default="16..256", help="tokens to generate")
+        parser.add_argument("--runs", type=int, default=3, help="the median is printed")
+        parser.add_argument("--compare", choices=["transformers"], help="run the same through this, in turn")
+        return parser
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-tokens", type=int, help="tokens to generate (default: 256, or what fits)")
+    for name, default in (("temperature", 0.8), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0),
+                          ("repetition_penalty", 1.0)):
+        sampling.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
+    sampling.add_argument("--stop", action="append", default=[], help="text that ends the output; may be repeated")
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on after the model's own end")
+    return parser
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Stream the continuation of one prompt to standard output."""
+    llm = make_llm(args)
+    print(args.prompt, end="", flush=True)
+    for piece in llm.stream(args.prompt, sampling_from(args)):
+        print(piece, end="", flush=True)
+    print()
+
+
+def chat(args: argparse.Namespace) -> None:
+    """A conversation on standard input and output. The prefix cache keeps it from being recomputed every turn."""
+    llm, params = make_llm(args), sampling_from(args)
+    if llm.tokenizer is None or not llm.tokenizer.chat_template:
+        raise ValueError("chat: this model has no chat template")
+    if sys.stdin.isatty():
+        print("Ask away. /new starts over, Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
+    messages: list[dict] = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return print()
+        if line == "/new":
+            messages.clear()
+        if not line or line == "/new":
+            continue
+        messages.append({"role": "user", "content": line})
+        prompt = llm.tokenizer.apply_chat_template(messages)
+        while len(prompt) + 64 > llm.max_model_len and len(messages) > 1:  # the oldest exchange makes room
+            del messages[:2]
+            prompt = llm.tokenizer.apply_chat_template(messages)
+        answer = ""
+        try:
+            for piece in llm.stream(prompt, params):
+                answer += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pass
+        except ValueError as error:  # this message does not fit; the next may
+            print(f"nanoserve: {error}", file=sys.stderr)
+            messages.pop()
+            continue
+        print()
+        messages.append({"role": "assistant", "content": answer})
+
+
+def generate_file(args: argparse.Namespace) -> None:
+    """Complete the lines of a file into JSON lines, as they finish; lines that are there already are not done again."""
+    from tqdm import tqdm
+
+    try:
+        prompts = [line for line in Path(args.file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise ValueError(f"--file: {args.file}: {error.strerror}") from None
+    done, out = set(), Path(args.jsonl)
+    if out.exists():
+        kept = []
+        for line in out.read_text(encoding="utf-8").splitlines():
+            try:
+                done.add(json.loads(line)["index"])
+                kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # the line that an interruption cut short
+        out.write_text("".join(kept), encoding="utf-8")
+    llm, params = make_llm(args), sampling_from(args)
+    waiting = {}
+    with out.open("a", encoding="utf-8") as file, tqdm(total=len(prompts), initial=len(done), unit=" prompts") as bar:
+        def write(index, **result):
+            file.write(json.dumps({"index": index, "prompt": prompts[index], **result}, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update()
+
+        for index in range(len(prompts)):
+            if index in done:
+                continue
+            try:
+                waiting[llm.add_request(prompts[index], params)] = index
+            except ValueError as error:
+                write(index, error=str(error))
+        while llm.has_work():
+            for request in llm.step():
+                if request.status == FINISHED:
+                    result = llm.output(request)
+                    write(waiting[request], text=result.text, finish_reason=result.finish_reason,
+                          num_tokens=len(result.token_ids), **({"error": request.error} if request.error else {}))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command `nanoserve`. Returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    commands = {"chat": chat, "generate": generate_file, "bench": bench}
+    name = argv[0] if argv[0] in commands else "complete"
+    args = parser_for(name).parse_args(argv[1:] if name in commands else argv)
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    log.disabled = name == "bench"  # it prints the same line itself
+    try:
+        {**commands, "complete": complete}[name](args)
+    except ValueError as error:
+        print(f"nanoserve: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, `nanoserve ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,414 @@
+"""Trains the tutorial's two models from nothing, on text that world.py makes up. About an hour and a quarter on two CPU cores.
+
+    python tutorial/train.py tokenizer             # tutorial/model/tokenizer.json
+    python tutorial/train.py main                  # tutorial/model/model.safetensors, 3.2 M parameters
+    python tutorial/train.py draft                 # tutorial/draft/, a tenth of it, distilled from the main model
+    python tutorial/train.py eval                  # perplexity, answers, agreement
+
+Checkpoints go to work/ (--resume continues from there, --steps then may differ). The files written are an ordinary
+Hugging Face Llama checkpoint: any engine that reads Llama reads them.
+
+Two things make a model this small learn to look facts up, rather than only to sound like a story. The loss is that of
+the next token everywhere *plus* the mean loss over the answers alone, which are few tokens and would drown otherwise.
+And documents start short, so that question and fact lie close together while the model finds out that copying pays.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import world
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+WORK = HERE.parent / "work"
+SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]  # token ids 0 to 5
+PAD, BOS, END = 0, 1, 2
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+CONTEXT = 2048
+SHAPES = {
+    "model": dict(hidden_size=256, intermediate_size=640, num_hidden_layers=4, num_attention_heads=4,
+                  num_key_value_heads=2, head_dim=64),
+    "draft": dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=3,
+                  num_key_value_heads=1, head_dim=32),
+}  # fmt: skip
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(vocab_size=1536):
+    """Byte-level BPE: any text round-trips, the world's words are single tokens, digits stay single."""
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tok.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
+    lines = (m["content"] for seed in range(6000) for m in world.dialogue(seed, 300, 12))
+    tok.train_from_iterator(lines, trainer)
+    tok.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", BOS)])
+    for name in SHAPES:
+        (HERE / name).mkdir(exist_ok=True)
+        tok.save(str(HERE / name / "tokenizer.json"))
+        write_json(HERE / name / "tokenizer_config.json", dict(
+            tokenizer_class="PreTrainedTokenizerFast", bos_token="<|bos|>", eos_token="<|end|>", pad_token="<|pad|>",
+            model_max_length=CONTEXT, clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE))  # fmt: skip
+    return tok
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c, d = c, c["head_dim"]
+        self.q_proj = nn.Linear(c["hidden_size"], c["num_attention_heads"] * d, bias=False)
+        self.k_proj = nn.Linear(c["hidden_size"], c["num_key_value_heads"] * d, bias=False)
+        self.v_proj = nn.Linear(c["hidden_size"], c["num_key_value_heads"] * d, bias=False)
+        self.o_proj = nn.Linear(c["num_attention_heads"] * d, c["hidden_size"], bias=False)
+
+    def forward(self, x, cos, sin):  # x [B, T, hidden], cos and sin [T, head_dim]
+        B, T, _ = x.shape
+        q, k, v = (p(x).view(B, T, -1, self.c["head_dim"]).transpose(1, 2)
+                   for p in (self.q_proj, self.k_proj, self.v_proj))  # fmt: skip
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        group = q.shape[1] // k.shape[1]
+        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))
+
+
+def rotate(x, cos, sin):
+    """Rotary positions, the Llama way: dimension i turns together with dimension i + head_dim / 2."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c["hidden_size"], c["intermediate_size"], bias=False)
+        self.up_proj = nn.Linear(c["hidden_size"], c["intermediate_size"], bias=False)
+        self.down_proj = nn.Linear(c["intermediate_size"], c["hidden_size"], bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c["hidden_size"], eps=1e-5)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c["hidden_size"], eps=1e-5)
+        self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """Llama for training: no cache, whole rows. Attribute names are those of the checkpoint (without "model.")."""
+
+    def __init__(self, c, vocab_size):
+        super().__init__()
+        self.c = c
+        self.embed_tokens = nn.Embedding(vocab_size, c["hidden_size"])
+        self.layers = nn.ModuleList(Block(c) for _ in range(c["num_hidden_layers"]))
+        self.norm = nn.RMSNorm(c["hidden_size"], eps=1e-5)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:  # the two projections that write to the residual stream start smaller
+                scale = (2 * len(self.layers)) ** -0.5 if "o_proj" in name or "down_proj" in name else 1.0
+                nn.init.normal_(p, std=0.02 if "embed" in name else scale * p.shape[1] ** -0.5)
+        angle = torch.arange(CONTEXT)[:, None] / 10000 ** (torch.arange(0, c["head_dim"], 2) / c["head_dim"])
+        self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)
+        self.register_buffer("sin", angle.sin().repeat(1, 2), persistent=False)
+
+    def forward(self, tokens):  # [B, T] -> logits [B, T, vocab]
+        x, T = self.embed_tokens(tokens), tokens.shape[1]
+        for layer in self.layers:
+            x = layer(x, self.cos[:T], self.sin[:T])
+        return F.linear(self.norm(x), self.embed_tokens.weight)
+
+
+def save(model, name):
+    """Writes `model` as a Hugging Face Llama checkpoint in bf16 to tutorial/`name`."""
+    path, vocab = HERE / name, model.embed_tokens.num_embeddings
+    tensors = {f"model.{k}": v.detach().to("cpu", torch.bfloat16) for k, v in model.state_dict().items()}
+    save_file(tensors, str(path / "model.safetensors"), metadata={"format": "pt"})
+    write_json(path / "config.json", dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=vocab, **model.c, hidden_act="silu",
+        max_position_embeddings=CONTEXT, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None,
+        attention_bias=False, attention_dropout=0.0, mlp_bias=False, initializer_range=0.02, pretraining_tp=1,
+        tie_word_embeddings=True, use_cache=True, torch_dtype="bfloat16",
+        bos_token_id=BOS, eos_token_id=END, pad_token_id=PAD))  # fmt: skip
+    write_json(path / "generation_config.json", dict(bos_token_id=BOS, eos_token_id=END, pad_token_id=PAD))
+
+
+def load(name, device="cpu"):
+    """The saved checkpoint (so with weights rounded to bf16) as a training model in fp32."""
+    tensors = {k.removeprefix("model."): v.float() for k, v in load_file(HERE / name / "model.safetensors").items()}
+    model = Llama(SHAPES[name], tensors["embed_tokens.weight"].shape[0])
+    model.load_state_dict(tensors)
+    return model.to(device).eval()
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def encode_chat(tok, messages, story_too=False):
+    """Chat messages as (tokens, marks): marks are 1 on the tokens of short answers and the <|end|> after them."""
+    tokens, marks = [BOS], [0]
+    for m in messages:
+        ids = tok.encode(m["content"], add_special_tokens=False).ids + [END]
+        is_answer = m["role"] == "assistant" and len(ids) < 32
+        tokens += [tok.token_to_id(f"<|{m['role']}|>"), *ids]
+        marks += [0] + [int(is_answer)] * len(ids)
+    return tokens, marks
+
+
+def document(tok, seed, room):
+    """Tokens and answer marks of the document of `seed`, about `room` tokens long."""
+    rng = random.Random(f"document {seed}")
+    if rng.random() < 0.1:  # a plain story
+        ids = tok.encode(world.story(seed, room - 8).text).ids + [END]
+        return ids, [0] * len(ids)
+    pair = room >= 512 and rng.random() < (0.9 if room > 1024 else 0.15)
+    length = int(room * (rng.uniform(0.25, 0.4) if pair else rng.uniform(0.45, 0.8)))
+    return encode_chat(tok, world.dialogue(seed, length, questions=(12 if pair else 60), budget=room - 8,
+                                           stories=1 + pair))  # fmt: skip
+
+
+def row_length(rng, progress):
+    """Tokens per row. Short rows first, then longer ones up to the full context, so that every position is trained."""
+    if progress < 0.12:
+        return 256
+    if progress < 0.25:
+        return rng.choice((256, 256, 512))
+    if progress < 0.45:
+        return rng.choice((256, 512, 512, 1024))
+    return rng.choice((256, 512, 512, 1024, 1024, 1024, 1024, 2048))
+
+
+def batch(tok, step, progress, tokens, seed, device):
+    """Training batch number `step`: tokens, targets and answer marks, each [rows, row length], one document per row.
+
+    One document per row needs no attention mask between documents; conversations are cut to fill their row well.
+    """
+    length = row_length(random.Random(f"{seed} length {step}"), progress)
+    rows = tokens // length
+    x = torch.full((rows, length + 1), PAD)
+    marks = torch.zeros(rows, length + 1)
+    for i in range(rows):
+        # Each row has its own seed: a step never takes more than 256 of them, a run fewer than a million steps.
+        ids, m = document(tok, (seed * 1_000_000 + step) * 256 % len(world.TRAIN_SEEDS) + i, length)
+        ids, m = ids[: length + 1], m[: length + 1]
+        x[i, : len(ids)] = torch.tensor(ids)
+        marks[i, : len(m)] = torch.tensor(m)
+    return x[:, :-1].to(device), x[:, 1:].contiguous().to(device), marks[:, 1:].contiguous().to(device)
+
+
+# ---- optimizer -------------------------------------------------------------------------------------------------------
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix-shaped step is made orthogonal: all directions move equally far (Jordan et al., 2024)."""
+
+    def __init__(self, params, lr=0.02, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for (rows, cols), params in shapes.items():  # same shapes together: fewer, larger products
+                for p in params:
+                    buf = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    buf.lerp_(p.grad, 1 - group["momentum"])
+                g = torch.stack([p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params])
+                scale = group["lr"] * max(1, rows / cols) ** 0.5
+                for p, update in zip(params, orthogonal(g), strict=True):
+                    p.sub_(update.to(p.dtype), alpha=scale)
+
+
+def orthogonal(g, steps=5):
+    """The orthogonal matrix nearest to each of g [n, rows, cols], roughly, by a quintic Newton-Schulz iteration."""
+    x = g.bfloat16()
+    x = x.mT if g.shape[1] > g.shape[2] else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.mT if g.shape[1] > g.shape[2] else x
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def losses(logits, targets, marks):
+    """(next-token loss over all tokens, loss over answer tokens alone, share of right answer tokens)."""
+    ce = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
+    real = (targets != PAD).float()
+    answers = marks.sum().clamp(min=1)
+    right = ((logits.argmax(-1) == targets) * marks).sum() / answers
+    return (ce * real).sum() / real.sum(), (ce * marks).sum() / answers, right
+
+
+def train(name, args):
+    torch.manual_seed(args.seed)
+    tok = Tokenizer.from_file(str(HERE / name / "tokenizer.json"))
+    model = Llama(SHAPES[name], tok.get_vocab_size()).to(args.device)
+    teacher = load("model", args.device) if name == "draft" else None
+    run = torch.compile(model, dynamic=False) if args.compile else model
+    matrices = [p for n, p in model.layers.named_parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    optimizers = [Muon(matrices, lr=args.lr),
+                  torch.optim.AdamW(others, lr=args.lr / 5, betas=(0.9, 0.95), weight_decay=0.0)]  # fmt: skip
+    start, checkpoint = 0, WORK / f"{name}.pt"
+    WORK.mkdir(exist_ok=True)
+    if args.resume:
+        state = torch.load(checkpoint, map_location=args.device)
+        start = state["step"]
+        model.load_state_dict(state["model"])
+        for opt, s in zip(optimizers, state["optimizers"], strict=True):
+            opt.load_state_dict(s)
+
+    params = sum(p.numel() for p in model.parameters())
+    total = args.steps * args.tokens
+    attention = 12 * model.c["num_hidden_layers"] * model.c["num_attention_heads"] * model.c["head_dim"] * 400
+    print(f"{name}: {params:,} parameters, {args.steps:,} steps of {args.tokens:,} tokens = {total / 1e6:.0f} M tokens, "
+          f"about {total * (6 * params + attention) / 1e15:.1f} PFLOP")  # fmt: skip
+    began, bar, smooth = time.time(), tqdm(range(start, args.steps), mininterval=5, dynamic_ncols=True), None
+    for step in bar:
+        progress = step / args.steps
+        rate = min(1, (step + 1) / 100) * min(1, (1 - progress) / 0.6)  # warm up, hold, then fall linearly to zero
+        x, y, marks = batch(tok, step, progress, args.tokens, args.seed, args.device)
+        with torch.autocast(args.device, torch.bfloat16):
+            logits = run(x)
+            lm, answer, right = losses(logits, y, marks)
+            loss = lm + answer
+            if teacher is not None:  # the draft learns to guess what the main model would say
+                with torch.no_grad():
+                    target = teacher(x).float().softmax(-1)
+                kl = -(target * logits.float().log_softmax(-1)).sum(-1)[y != PAD].mean()
+                loss = 0.2 * lm + kl
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for opt, lr in zip(optimizers, (args.lr, args.lr / 5), strict=True):
+            for group in opt.param_groups:
+                group["lr"] = lr * rate
+                if isinstance(opt, Muon):
+                    group["momentum"] = min(0.95, 0.85 + 0.1 * step / 300)
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        now = (lm.item(), answer.item(), right.item())
+        smooth = now if smooth is None else [0.95 * s + 0.05 * n for s, n in zip(smooth, now, strict=True)]
+        bar.set_postfix_str(f"loss {smooth[0]:.3f} answers {smooth[1]:.3f} right {smooth[2]:.3f}", refresh=False)
+        if step == start + 10:
+            clock = time.time()
+        if step == start + 40:
+            speed = 30 * args.tokens / (time.time() - clock)
+            tqdm.write(f"{speed:,.0f} tokens/s: about {(args.steps - step) * args.tokens / speed / 60:.0f} minutes to go")
+        if (step + 1) % args.every == 0 or step + 1 == args.steps:
+            torch.save(dict(step=step + 1, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers]),
+                       checkpoint)  # fmt: skip
+            save(model, name)
+            near, far = (accuracy(model, tok, 12, d)["all"][0] for d in (world.NEAR, world.FAR))
+            tqdm.write(f"step {step + 1}: {(time.time() - began) / 60:.1f} min, loss {smooth[0]:.3f} answers "
+                       f"{smooth[1]:.3f} right {smooth[2]:.3f}, held out: perplexity {perplexity(model, tok):.3f}, "
+                       f"near {near:.3f}, far {far:.3f}")  # fmt: skip
+
+
+# ---- evaluation, without an engine -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predict(model, ids):
+    """Logits [T, vocab] of one sequence."""
+    device = model.cos.device
+    with torch.autocast(device.type, torch.bfloat16):
+        return model(torch.tensor([ids], device=device))[0].float().cpu()
+
+
+def perplexity(model, tok, stories=20):
+    """Per token, of held-out stories."""
+    total = count = 0
+    for i in range(stories):
+        ids = tok.encode(world.story(world.HELD_OUT_SEEDS.start + 500_000 + i).text).ids
+        total += F.cross_entropy(predict(model, ids)[:-1], torch.tensor(ids[1:]), reduction="sum").item()
+        count += len(ids) - 1
+    return math.exp(total / count)
+
+
+def accuracy(model, tok, stories, distance):
+    """{kind: (share right, count)}. Greedy decoding gives exactly the answer iff every token of it is the most likely one."""
+    results = {}
+    for messages, answer, kind in world.exam(stories, 5, distance):
+        ids, _ = encode_chat(tok, [*messages, {"role": "assistant", "content": answer}])
+        n = len(tok.encode(answer, add_special_tokens=False).ids) + 1
+        right = predict(model, ids)[-n - 1 : -1].argmax(-1).tolist() == ids[-n:]
+        for key in ("all", kind):
+            results.setdefault(key, []).append(right)
+    return {k: (sum(v) / len(v), len(v)) for k, v in sorted(results.items())}
+
+
+def agreement(stories=20):
+    """Share of held-out text positions where the draft's most likely token is the main model's."""
+    tok = Tokenizer.from_file(str(HERE / "model/tokenizer.json"))
+    main, draft, same, count = load("model"), load("draft"), 0, 0
+    for i in range(stories):
+        ids, _ = encode_chat(tok, world.dialogue(world.HELD_OUT_SEEDS.start + 700_000 + i, 250, 6))
+        a, b = predict(main, ids).argmax(-1), predict(draft, ids).argmax(-1)
+        same, count = same + (a == b).sum().item(), count + len(ids)
+    return same / count
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=["tokenizer", "main", "draft", "eval"])
+    p.add_argument("--steps", type=int, default=8000)
+    p.add_argument("--tokens", type=int, default=8192, help="per step")
+    p.add_argument("--lr", type=float, default=0.02, help="of Muon; AdamW for embeddings and norms takes a fifth")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--every", type=int, default=250, help="steps between checkpoints")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--resume", action="store_true")
+    p.add_argument("--compile", action="store_true")
+    args = p.parse_args()
+    if args.what == "tokenizer":
+        print(f"{train_tokenizer().get_vocab_size()} tokens")
+    elif args.what == "eval":
+        tok = Tokenizer.from_file(str(HERE / "model/tokenizer.json"))
+        for name in SHAPES:
+            model = load(name, args.device)
+            print(name, "perplexity", round(perplexity(model, tok, 50), 3))
+            for label, distance in (("near", world.NEAR), ("far", world.FAR)):
+                print(f"  {label}:", {k: (round(a, 3), n) for k, (a, n) in accuracy(model, tok, 60, distance).items()})
+        print("draft agrees on", round(agreement(), 3))
+    else:
+        train("model" if args.what == "main" else "draft", args)
+
+
+if __name__ == "__main__":
+    main()
