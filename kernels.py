@@ -410,10 +410,16 @@ CPU_SOURCE = r"""
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads() { return 1; }
+#endif
 
 // Sixteen floats; the compiler splits them over whatever vector registers the machine has.
 constexpr int W = 16;
 typedef float vec __attribute__((vector_size(4 * W)));
+typedef int32_t veci __attribute__((vector_size(4 * W)));
 typedef uint32_t vecu __attribute__((vector_size(4 * W)));
 typedef uint16_t half_vec __attribute__((vector_size(2 * W)));
 
@@ -436,42 +442,77 @@ static inline vec load(const bf16* p) {
     return v;
 }
 static inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
-static inline float sum(vec v) { float s = 0; for (int i = 0; i < W; i++) s += v[i]; return s; }
+static inline float sum(vec v) {  // in halves: sixteen additions one after the other would be sixteen waits
+    typedef float vec8 __attribute__((vector_size(32)));
+    typedef float vec4 __attribute__((vector_size(16)));
+    vec8 x[2]; memcpy(x, &v, sizeof v);
+    vec8 y = x[0] + x[1];
+    vec4 z[2]; memcpy(z, &y, sizeof y);
+    vec4 w = z[0] + z[1];
+    return (w[0] + w[2]) + (w[1] + w[3]);
+}
+// exp of a float to 2 units in the last place: 2^n times a polynomial on |r| <= ln(2)/2. The compiler vectorizes loops
+// over this, which over the library's exp it may not.
+static inline float exp_(float x) {
+    x = x < -87.f ? -87.f : x > 88.f ? 88.f : x;
+    float shifted = x * 1.44269504f + 12582912.f;  // adding 1.5 * 2^23 rounds to an integer in the low bits
+    float n = shifted - 12582912.f, r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.f + r * (1.f + r * (0.5f + r * (0.166666657f + r * (0.0416657962f + r * (0.00833345018f
+              + r * 0.00139273646f)))));
+    int32_t bits, power; memcpy(&bits, &shifted, 4);
+    power = (bits - 0x4b400000 + 127) << 23;
+    float scale; memcpy(&scale, &power, 4);
+    return p * scale;
+}
 
-constexpr int64_t BIG = 32768;  // elements from which on starting the threads pays
+constexpr int64_t BIG = 8192;  // elements from which on waking the other threads pays
 
 // ---- total = x + delta; out = RMSNorm(total) * weight, or LayerNorm where there is a bias. All [rows, cols].
-extern "C" void add_norm(const T* x, const T* delta, const T* weight, const T* bias, T* out, T* total,
-              int64_t rows, int64_t cols, float eps) {
-    #pragma omp parallel for if (rows * cols > BIG)
-    for (int64_t r = 0; r < rows; r++) {
-        std::vector<float> row(cols);
-        float s = 0, ss = 0;
-        for (int64_t c = 0; c < cols; c++) {
-            float v = to_float(x[r * cols + c]);
+extern "C" void add_norm(const T* __restrict x, const T* __restrict delta, const T* __restrict weight,
+                         const T* __restrict bias, T* __restrict out, T* __restrict total, int64_t rows, int64_t cols,
+                         float eps) {
+    #pragma omp parallel if (rows * cols > BIG)
+    {
+        std::vector<float> scratch(cols);
+        float* __restrict row = scratch.data();
+        #pragma omp for
+        for (int64_t r = 0; r < rows; r++) {
+            const T *xr = x + r * cols, *dr = delta + r * cols;
+            T *or_ = out + r * cols, *tr = total + r * cols;
             if (delta) {
                 // Rounded as it is stored: the norm must see what the next layer's residual will see.
-                put(&total[r * cols + c], v + to_float(delta[r * cols + c]));
-                v = to_float(total[r * cols + c]);
+                #pragma omp simd
+                for (int64_t c = 0; c < cols; c++) {
+                    put(&tr[c], to_float(xr[c]) + to_float(dr[c]));
+                    row[c] = to_float(tr[c]);
+                }
+            } else {
+                #pragma omp simd
+                for (int64_t c = 0; c < cols; c++) row[c] = to_float(xr[c]);
             }
-            row[c] = v;
+            float s = 0, ss = 0, mean = 0;
+            if (bias) {
+                #pragma omp simd reduction(+ : s)
+                for (int64_t c = 0; c < cols; c++) s += row[c];
+                mean = s / cols;
+            }
+            #pragma omp simd reduction(+ : ss)
+            for (int64_t c = 0; c < cols; c++) ss += (row[c] - mean) * (row[c] - mean);
+            float inv = 1 / std::sqrt(ss / cols + eps);
+            if (bias) {
+                #pragma omp simd
+                for (int64_t c = 0; c < cols; c++)
+                    put(&or_[c], (row[c] - mean) * inv * to_float(weight[c]) + to_float(bias[c]));
+            } else {
+                #pragma omp simd
+                for (int64_t c = 0; c < cols; c++) put(&or_[c], row[c] * inv * to_float(weight[c]));
+            }
         }
-        float mean = 0;
-        if (bias) {
-            #pragma omp simd reduction(+ : s)
-            for (int64_t c = 0; c < cols; c++) s += row[c];
-            mean = s / cols;
-        }
-        #pragma omp simd reduction(+ : ss)
-        for (int64_t c = 0; c < cols; c++) ss += (row[c] - mean) * (row[c] - mean);
-        float inv = 1 / std::sqrt(ss / cols + eps);
-        for (int64_t c = 0; c < cols; c++)
-            put(&out[r * cols + c], (row[c] - mean) * inv * to_float(weight[c]) + (bias ? to_float(bias[c]) : 0.f));
     }
 }
 
 // ---- out[t, i] = silu(gate_up[t, i]) * gate_up[t, I + i]
-extern "C" void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t cols) {
+extern "C" void silu_mul(const T* __restrict gate_up, T* __restrict out, int64_t rows, int64_t cols) {
     #pragma omp parallel for if (rows * cols > BIG)
     for (int64_t r = 0; r < rows; r++) {
         const T *gate = gate_up + r * 2 * cols, *up = gate + cols;
@@ -479,63 +520,73 @@ extern "C" void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t cols) {
         #pragma omp simd
         for (int64_t c = 0; c < cols; c++) {
             float g = to_float(gate[c]);
-            put(&o[c], g / (1 + std::exp(-g)) * to_float(up[c]));
+            put(&o[c], g / (1 + exp_(-g)) * to_float(up[c]));
         }
     }
 }
 
 // ---- Per token: normalise each head of q and k, rotate it, leave q in place, store k and v into their slot.
-extern "C" void rope_and_write_kv(T* qkv, const int64_t* positions, const int64_t* slots, const float* table, const T* q_norm,
-                       const T* k_norm, T* k_cache, T* v_cache, int64_t tokens, int64_t heads, int64_t kv_heads,
-                       int64_t D, float eps) {
+extern "C" void rope_and_write_kv(T* qkv, const int64_t* positions, const int64_t* slots, const float* table,
+                                  const T* q_norm, const T* k_norm, T* k_cache, T* v_cache, int64_t tokens,
+                                  int64_t heads, int64_t kv_heads, int64_t D, float eps) {
     int64_t width = (heads + 2 * kv_heads) * D, half = D / 2;
-    #pragma omp parallel for if (tokens * width > BIG)
-    for (int64_t t = 0; t < tokens; t++) {
-        std::vector<float> x(D);
-        const float* cos = table ? table + positions[t] * D : nullptr;
-        const float* sin = cos + half;
-        for (int64_t h = 0; h < heads + kv_heads; h++) {
-            T* head = qkv + t * width + h * D;
-            T* to = h < heads ? head : k_cache + (slots[t] * kv_heads + h - heads) * D;
-            const T* norm = h < heads ? q_norm : k_norm;
-            for (int64_t d = 0; d < D; d++) x[d] = to_float(head[d]);
-            if (norm) {
-                float ss = 0;
-                #pragma omp simd reduction(+ : ss)
-                for (int64_t d = 0; d < D; d++) ss += x[d] * x[d];
-                float inv = 1 / std::sqrt(ss / D + eps);
-                for (int64_t d = 0; d < D; d++) x[d] *= inv * to_float(norm[d]);
-            }
-            if (table)
-                for (int64_t d = 0; d < half; d++) {
-                    float a = x[d], b = x[d + half];
-                    put(&to[d], a * cos[d] - b * sin[d]);
-                    put(&to[d + half], b * cos[d] + a * sin[d]);
+    #pragma omp parallel if (tokens * width > BIG)
+    {
+        std::vector<float> scratch(D);
+        float* __restrict x = scratch.data();
+        #pragma omp for
+        for (int64_t t = 0; t < tokens; t++) {
+            for (int64_t h = 0; h < heads + kv_heads; h++) {
+                const T *head = qkv + t * width + h * D, *norm = h < heads ? q_norm : k_norm;
+                T* to = h < heads ? qkv + t * width + h * D : k_cache + (slots[t] * kv_heads + h - heads) * D;
+                for (int64_t d = 0; d < D; d++) x[d] = to_float(head[d]);
+                if (norm) {
+                    float ss = 0;
+                    #pragma omp simd reduction(+ : ss)
+                    for (int64_t d = 0; d < D; d++) ss += x[d] * x[d];
+                    float inv = 1 / std::sqrt(ss / D + eps);
+                    for (int64_t d = 0; d < D; d++) x[d] *= inv * to_float(norm[d]);
                 }
-            else
-                for (int64_t d = 0; d < D; d++) put(&to[d], x[d]);
+                if (table) {
+                    const float *cos = table + positions[t] * D, *sin = cos + half;
+                    #pragma omp simd
+                    for (int64_t d = 0; d < half; d++) {
+                        float a = x[d], b = x[d + half];
+                        put(&to[d], a * cos[d] - b * sin[d]);
+                        put(&to[d + half], b * cos[d] + a * sin[d]);
+                    }
+                } else {
+                    for (int64_t d = 0; d < D; d++) put(&to[d], x[d]);
+                }
+            }
+            const T* v = qkv + t * width + (heads + kv_heads) * D;
+            std::copy(v, v + kv_heads * D, v_cache + slots[t] * kv_heads * D);
         }
-        const T* v = qkv + t * width + (heads + kv_heads) * D;
-        std::copy(v, v + kv_heads * D, v_cache + slots[t] * kv_heads * D);
     }
 }
 
-// ---- Attention over the paged cache, one tile of queries of one request and one key/value head at a time.
-// The rows of a tile are (query, grouped head) pairs, which all read the same keys: each K and V is fetched once for
-// all of them. Online softmax (arXiv:1805.02867): m is the largest score so far, l the sum of exp(score - m), acc the
-// values weighted likewise; a larger score rescales both.
-constexpr int KEYS = 32;     // keys a step of the loop looks at
-constexpr int ROWS = 64;     // rows of a tile, at most, unless one query alone has more heads
-constexpr int FEW = 8;       // from this many rows on, transposing the keys pays
+// ---- Attention over the paged cache. A tile is some queries of one request and one key/value head. Its rows are (query,
+// grouped head) pairs, which all read the same keys: each K and V is fetched once for all of them. Online softmax
+// (arXiv:1805.02867): m is the largest score so far, l the sum of exp(score - m), acc the values weighted likewise; a
+// larger score rescales both.
+constexpr int KEYS = 32;  // keys that one step of the loop looks at
+constexpr int ROWS = 64;  // rows of a tile, at most, unless one query alone has more
+constexpr int FEW = 8;    // from this many rows on, transposing the keys pays
 
 struct Tile {
-    int64_t D, Dp, rows;
+    int64_t D, Dp, rows = 0;  // Dp: D rounded up to whole vectors
     std::vector<float> q, kt, v, s, acc, m, l;
-    Tile(int64_t D, int64_t max_rows) : D(D), Dp((D + W - 1) / W * W), rows(0), q((max_rows + 3) * Dp), kt(Dp * KEYS),
-        v(KEYS * Dp), s((max_rows + 3) * KEYS), acc((max_rows + 3) * Dp), m(max_rows + 3), l(max_rows + 3) {}
+    Tile(int64_t D, int64_t most) : D(D), Dp((D + W - 1) / W * W), q((most + 3) * Dp), kt(Dp * KEYS), v(KEYS * Dp),
+        s((most + 3) * KEYS), acc((most + 3) * Dp), m(most + 3), l(most + 3) {}
 
+    void start(int64_t rows_) {
+        rows = rows_;
+        std::fill(acc.begin(), acc.end(), 0.f);
+        std::fill(m.begin(), m.end(), -1e30f);
+        std::fill(l.begin(), l.end(), 0.f);
+    }
     // s[r][j] = q[r] . k[j], few rows: one dot product each
-    void scores_few(const T** k, int n) {
+    void scores_few(const T* const* k, int n) {
         for (int j = 0; j < n; j++)
             for (int64_t r = 0; r < rows; r++) {
                 vec a = {};
@@ -547,9 +598,9 @@ struct Tile {
             }
     }
     // many rows: keys as columns, then four rows by 32 keys of accumulators stay in registers
-    void scores_many(const T** k, int n) {
-        for (int64_t d = 0; d < D; d++)
-            for (int j = 0; j < KEYS; j++) kt[d * KEYS + j] = j < n ? to_float(k[j][d]) : 0.f;
+    void scores_many(const T* const* k, int n) {
+        for (int j = 0; j < KEYS; j++)
+            for (int64_t d = 0; d < D; d++) kt[d * KEYS + j] = j < n ? to_float(k[j][d]) : 0.f;
         for (int64_t r = 0; r < rows; r += 4) {
             vec a[4][2] = {};
             for (int64_t d = 0; d < D; d++) {
@@ -559,36 +610,54 @@ struct Tile {
             for (int i = 0; i < 4; i++) { store(&s[(r + i) * KEYS], a[i][0]); store(&s[(r + i) * KEYS + W], a[i][1]); }
         }
     }
-    // p = exp(s - m), in place; the visible keys of row r are first .. last of these n
+    // s becomes exp(s - m), 0 where not visible; the visible keys of row r are first .. last-1 of these
     void softmax(int64_t r, int first, int last) {
-        float* p = &s[r * KEYS];
-        float top = m[r];
-        for (int j = first; j < last; j++) top = std::max(top, p[j]);
-        float shrink = std::exp(m[r] - top), total = 0;
+        float* __restrict p = &s[r * KEYS];
+        float top = m[r], total = 0;
+        #pragma omp simd reduction(max : top)
+        for (int j = 0; j < KEYS; j++) {
+            p[j] = j >= first && j < last ? p[j] : -1e30f;
+            top = p[j] > top ? p[j] : top;
+        }
         #pragma omp simd reduction(+ : total)
         for (int j = 0; j < KEYS; j++) {
-            float e = std::exp(std::min(p[j] - top, 0.f));
+            float e = exp_(p[j] - top);
             p[j] = j >= first && j < last ? e : 0.f;
             total += p[j];
         }
-        l[r] = l[r] * shrink + total;
-        m[r] = top;
-        if (shrink != 1)
+        if (top != m[r]) {
+            float shrink = exp_(m[r] - top);
+            l[r] *= shrink;
             for (int64_t d = 0; d < Dp; d++) acc[r * Dp + d] *= shrink;
+        }
+        l[r] += total;
+        m[r] = top;
     }
-    void values_few(const T** val, int n) {
+    // acc[r] += sum of s[r][j] v[j], few rows: four vectors of a row at a time
+    void values_few(const T* const* val, int n) {
         for (int64_t r = 0; r < rows; r++) {
+            const float* p = &s[r * KEYS];
+            float* a = &acc[r * Dp];
             int64_t d = 0;
+            for (; d + 4 * W <= D; d += 4 * W) {
+                vec a0 = load(a + d), a1 = load(a + d + W), a2 = load(a + d + 2 * W), a3 = load(a + d + 3 * W);
+                for (int j = 0; j < n; j++) {
+                    const T* x = val[j] + d;
+                    a0 += p[j] * load(x); a1 += p[j] * load(x + W); a2 += p[j] * load(x + 2 * W); a3 += p[j] * load(x + 3 * W);
+                }
+                store(a + d, a0); store(a + d + W, a1); store(a + d + 2 * W, a2); store(a + d + 3 * W, a3);
+            }
             for (; d + W <= D; d += W) {
-                vec a = load(&acc[r * Dp + d]);
-                for (int j = 0; j < n; j++) a += s[r * KEYS + j] * load(val[j] + d);
-                store(&acc[r * Dp + d], a);
+                vec a0 = load(a + d);
+                for (int j = 0; j < n; j++) a0 += p[j] * load(val[j] + d);
+                store(a + d, a0);
             }
             for (; d < D; d++)
-                for (int j = 0; j < n; j++) acc[r * Dp + d] += s[r * KEYS + j] * to_float(val[j][d]);
+                for (int j = 0; j < n; j++) a[d] += p[j] * to_float(val[j][d]);
         }
     }
-    void values_many(const T** val, int n) {
+    // many rows: the values as floats once, then four rows by two vectors of accumulators
+    void values_many(const T* const* val, int n) {
         for (int j = 0; j < n; j++)
             for (int64_t d = 0; d < D; d++) v[j * Dp + d] = to_float(val[j][d]);
         for (int64_t r = 0; r < rows; r += 4)
@@ -605,53 +674,78 @@ struct Tile {
 };
 
 extern "C" void paged_attention(const T* q, const T* k_cache, const T* v_cache, const int32_t* block_tables,
-                     const int32_t* context_lens, const int32_t* query_start, T* out, int64_t B, int64_t M,
-                     int64_t block_size, int64_t heads, int64_t kv_heads, int64_t D, int64_t q_stride, int64_t window,
-                     float scale) {
+                                const int32_t* context_lens, const int32_t* query_start, T* out, int64_t B, int64_t M,
+                                int64_t block_size, int64_t heads, int64_t kv_heads, int64_t D, int64_t q_stride,
+                                int64_t window, float scale) {
     int64_t group = heads / kv_heads, tile = std::max<int64_t>(1, ROWS / group);
-    struct Task { int64_t b, head, first, last; };  // queries first .. last-1 of request b
+    // With few rows a task takes all heads, since a token's heads lie side by side in memory; fewer if threads would idle.
+    int64_t together = std::clamp<int64_t>(B * kv_heads / (4 * omp_get_max_threads()), 1, kv_heads);
+    struct Task { int64_t b, h0, h1, first, last; };  // queries first .. last-1 of request b, heads h0 .. h1-1
     std::vector<Task> tasks;
     for (int64_t b = 0; b < B; b++)
-        for (int64_t i = 0, n = query_start[b + 1] - query_start[b]; i < n; i += tile)
-            for (int64_t h = 0; h < kv_heads; h++) tasks.push_back({b, h, i, std::min(i + tile, n)});
+        for (int64_t i = 0, n = query_start[b + 1] - query_start[b]; i < n; i += tile) {
+            int64_t last = std::min(i + tile, n), step = (last - i) * group < FEW ? together : 1;
+            for (int64_t h = 0; h < kv_heads; h += step) tasks.push_back({b, h, std::min(h + step, kv_heads), i, last});
+        }
     #pragma omp parallel if (tasks.size() > 1)
     {
-        Tile t(D, tile * group);
+        std::vector<Tile> few(together, Tile(D, FEW));
+        Tile many(D, tile * group);
         #pragma omp for schedule(dynamic, 1)
         for (size_t task = 0; task < tasks.size(); task++) {
-            auto [b, h, first, last] = tasks[task];
+            auto [b, h0, h1, first, last] = tasks[task];
             int64_t start = query_start[b], position0 = context_lens[b] - (query_start[b + 1] - start);
-            t.rows = (last - first) * group;
-            std::fill(t.acc.begin(), t.acc.end(), 0.f);
-            std::fill(t.m.begin(), t.m.end(), -1e30f);
-            std::fill(t.l.begin(), t.l.end(), 0.f);
-            for (int64_t r = 0; r < t.rows; r++) {
-                const T* row = q + (start + first + r / group) * q_stride + (h * group + r % group) * D;
-                for (int64_t d = 0; d < D; d++) t.q[r * t.Dp + d] = to_float(row[d]) * scale;
+            int64_t rows = (last - first) * group;
+            Tile* tiles = rows < FEW ? few.data() : &many;
+            for (int64_t h = h0; h < h1; h++) {
+                Tile& t = tiles[h - h0];
+                t.start(rows);
+                for (int64_t r = 0; r < rows; r++) {
+                    const T* row = q + (start + first + r / group) * q_stride + (h * group + r % group) * D;
+                    for (int64_t d = 0; d < D; d++) t.q[r * t.Dp + d] = to_float(row[d]) * scale;
+                }
             }
             int64_t lo = window ? std::max<int64_t>(0, position0 + first - window + 1) : 0, hi = position0 + last;
+            int64_t places[2][KEYS], *at = places[0], *next = places[1];  // where the keys of this step and the next lie
+            auto locate = [&](int64_t j0, int64_t* at) {
+                int64_t block = j0 / block_size, offset = j0 % block_size;
+                for (int64_t j = 0; j < KEYS && j0 + j < hi; j++) {
+                    at[j] = (block_tables[b * M + block] * block_size + offset) * kv_heads * D;
+                    if (++offset == block_size) { offset = 0; block++; }
+                }
+            };
+            locate(lo, next);
             for (int64_t j0 = lo; j0 < hi; j0 += KEYS) {
-                int n = std::min<int64_t>(KEYS, hi - j0);
-                const T *k[KEYS], *v[KEYS];
-                for (int j = 0; j < n; j++) {
-                    int64_t slot = block_tables[b * M + (j0 + j) / block_size] * block_size + (j0 + j) % block_size;
-                    k[j] = k_cache + (slot * kv_heads + h) * D;
-                    v[j] = v_cache + (slot * kv_heads + h) * D;
+                int n = std::min<int64_t>(KEYS, hi - j0), ahead = std::clamp<int64_t>(hi - j0 - KEYS, 0, KEYS);
+                std::swap(at, next);
+                locate(j0 + KEYS, next);
+                for (int64_t h = h0; h < h1; h++) {
+                    Tile& t = tiles[h - h0];
+                    const T *k[KEYS], *v[KEYS];
+                    for (int j = 0; j < n; j++) { k[j] = k_cache + at[j] + h * D; v[j] = v_cache + at[j] + h * D; }
+                    // Blocks are scattered, so no hardware guesses what comes next: ask for it while computing this.
+                    for (int j = 0; j < ahead; j++)
+                        for (int64_t d = 0; d < D; d += 64 / sizeof(T)) {
+                            __builtin_prefetch(k_cache + next[j] + h * D + d);
+                            __builtin_prefetch(v_cache + next[j] + h * D + d);
+                        }
+                    if (rows < FEW) t.scores_few(k, n); else t.scores_many(k, n);
+                    for (int64_t r = 0; r < rows; r++) {
+                        int64_t position = position0 + first + r / group;
+                        int64_t from = window ? std::max<int64_t>(0, position - window + 1 - j0) : 0;
+                        t.softmax(r, std::min<int64_t>(from, n), std::clamp<int64_t>(position + 1 - j0, 0, n));
+                    }
+                    if (rows < FEW) t.values_few(v, n); else t.values_many(v, n);
                 }
-                if (t.rows < FEW) t.scores_few(k, n); else t.scores_many(k, n);
-                for (int64_t r = 0; r < t.rows; r++) {
-                    int64_t position = position0 + first + r / group;
-                    int64_t from = window ? std::max<int64_t>(0, position - window + 1 - j0) : 0;
-                    t.softmax(r, std::min<int64_t>(from, n), std::clamp<int64_t>(position + 1 - j0, 0, n));
-                }
-                if (t.rows < FEW) t.values_few(v, n); else t.values_many(v, n);
             }
-            for (int64_t r = 0; r < t.rows; r++) {
-                T* row = out + ((start + first + r / group) * heads + h * group + r % group) * D;
-                for (int64_t d = 0; d < D; d++) put(&row[d], t.acc[r * t.Dp + d] / t.l[r]);
+            for (int64_t h = h0; h < h1; h++) {
+                Tile& t = tiles[h - h0];
+                for (int64_t r = 0; r < rows; r++) {
+                    T* row = out + ((start + first + r / group) * heads + h * group + r % group) * D;
+                    for (int64_t d = 0; d < D; d++) put(&row[d], t.acc[r * t.Dp + d] / t.l[r]);
+                }
             }
         }
     }
 }
-
 """
