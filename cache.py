@@ -91,7 +91,7 @@ class BlockPool:
                 self.copies.pop(block, None)
 
     def fork(self, table: list[int]) -> list[int]:
-        """A second table over the same blocks: sharing costs no memory until somebody writes (see `make_writable`)."""
+        """A second table over the same blocks: sharing costs no memory until somebody writes (see `extend`)."""
         for block in table:
             self.refs[block] += 1
         return table.copy()
@@ -99,7 +99,7 @@ class BlockPool:
     def blocks_missing(self, table: list[int], start: int, end: int) -> int:
         """How many free blocks `extend` would take to let tokens `start .. end-1` be written through `table`."""
         shared = start % self.block_size and self.refs[table[start // self.block_size]] > 1
-        return self.blocks_for(end) - len(table) + bool(shared)
+        return max(0, self.blocks_for(end) - len(table)) + bool(shared)
 
     def extend(self, table: list[int], start: int, end: int) -> None:
         """Make tokens `start .. end-1` writable: copy a shared block that is about to change, then append new ones.
@@ -164,7 +164,7 @@ class BlockPool:
         self.content[block] = next(self._numbers) if first == block else self.content[first]
 
     def forget(self) -> None:
-        """Empty the prefix index. Blocks in use stay as they are, and are found by nobody else."""
+        """Empty the prefix index, for measuring without hits. Requests that run meanwhile go on publishing."""
         for block in self.index.values():
             self.key[block] = None
         self.index.clear()

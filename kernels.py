@@ -86,7 +86,7 @@ def add_norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, 
 
     RMSNorm, or LayerNorm where there is a bias. In at least float32, whatever the dtype of x.
     """
-    if cpp := _cpp(x):
+    if cpp := cpp_bodies(x):
         x, out = x.contiguous(), torch.empty_like(x)
         total = x if delta is None else torch.empty_like(x)
         cpp("add_norm", x, delta, weight, bias, out, total, *x.shape, eps)
@@ -107,7 +107,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """SwiGLU's middle (arXiv:2002.05202): gate_up [T, 2I] holds the gates, then the values; silu(gate) * up, [T, I]."""
-    if cpp := _cpp(gate_up):
+    if cpp := cpp_bodies(gate_up):
         gate_up = gate_up.contiguous()
         out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
         cpp("silu_mul", gate_up, out, *out.shape)
@@ -191,7 +191,7 @@ def rope_and_write_kv(qkv: torch.Tensor, num_heads: int, positions: torch.Tensor
     a view of qkv.
     """
     block_size, kv_heads, head_dim = k_cache.shape[1:]
-    if cpp := _cpp(qkv, k_cache):
+    if cpp := cpp_bodies(qkv, k_cache):
         cpp("rope_and_write_kv", qkv, positions, slots, table, q_norm, k_norm, k_cache, v_cache,
             qkv.shape[0], num_heads, kv_heads, head_dim, eps)
         return qkv.view(qkv.shape[0], -1, head_dim)[:, :num_heads]
@@ -220,7 +220,7 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
     """
     T, num_heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
-    if (cpp := _cpp(q, k_cache)) and q.stride(2) == 1 and q.stride(1) == head_dim:
+    if (cpp := cpp_bodies(q, k_cache)) and q.stride(2) == 1 and q.stride(1) == head_dim:
         out = q.new_empty(T, num_heads, head_dim)
         cpp("paged_attention", q, k_cache, v_cache, block_tables, context_lens, query_start, out,
             context_lens.shape[0], block_tables.shape[1], block_size, num_heads, kv_heads, head_dim, q.stride(0), window,
@@ -299,14 +299,15 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
            min_p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Draw one token per row of logits [S, V]; temperature 0 is argmax, row by row. Returns [S] int64.
 
-    `noise` [S] float64 in [0, 1) is all the randomness there is: the token is where the cumulative probability passes
-    it. So a row's token depends on that row alone, not on its neighbours or on how often anybody sampled before.
+    `noise` [S] in [0, 1), float64 where the device has it, is all the randomness there is: the token is where the
+    cumulative probability passes it. So a row's token depends on that row alone, not on its neighbours or on how often
+    anybody sampled before.
     """
     tokens = logits.argmax(-1)
     drawn = (temperature > 0).nonzero()[:, 0]
     if len(drawn):
         probs = token_probabilities(logits[drawn], temperature[drawn], top_k[drawn], top_p[drawn], min_p[drawn])
-        mass = probs.cumsum(-1, dtype=torch.float64)
+        mass = probs.cumsum(-1, dtype=noise.dtype)
         # right=True finds the first entry *beyond* the target, which is never a token of probability zero.
         picked = torch.searchsorted(mass, noise[drawn, None] * mass[:, -1:], right=True)[:, 0]
         tokens[drawn] = picked.clamp(max=logits.shape[-1] - 1)
@@ -357,7 +358,7 @@ class CppLibrary:
         self.functions[name](*(arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args))
 
 
-def _cpp(*tensors: torch.Tensor) -> CppLibrary | None:
+def cpp_bodies(*tensors: torch.Tensor) -> CppLibrary | None:
     """The C++ bodies, if these tensors are ones they take: on the CPU, float32 or bfloat16, all of one dtype."""
     dtype = tensors[0].dtype
     if use_cpp and tensors[0].is_cpu and dtype in _ELEMENTS and all(t.dtype == dtype for t in tensors):
@@ -643,7 +644,8 @@ struct Tile {
                 vec a0 = load(a + d), a1 = load(a + d + W), a2 = load(a + d + 2 * W), a3 = load(a + d + 3 * W);
                 for (int j = 0; j < n; j++) {
                     const T* x = val[j] + d;
-                    a0 += p[j] * load(x); a1 += p[j] * load(x + W); a2 += p[j] * load(x + 2 * W); a3 += p[j] * load(x + 3 * W);
+                    a0 += p[j] * load(x);         a1 += p[j] * load(x + W);
+                    a2 += p[j] * load(x + 2 * W); a3 += p[j] * load(x + 3 * W);
                 }
                 store(a + d, a0); store(a + d + W, a1); store(a + d + 2 * W, a2); store(a + d + 3 * W, a3);
             }

@@ -707,14 +707,16 @@ class LLM:
                  kv_memory: float | int | None = None, block_size: int = 16, max_batch_tokens: int | None = None,
                  max_batch_requests: int = 256, max_model_len: int | None = None,
                  policy: str | Callable[[Request], object] = "fcfs", prefix_caching: bool = True, seed: int = 0):
-        if isinstance(model, GPT):
-            self.model, self.tokenizer, self.eos_ids = model, None, frozenset(model.config.eos_ids)
-        else:
-            self._load(find_model(model), pick_device(device), dtype, max_model_len)
-        config, self.device = self.model.config, self.model.device
-        self.max_model_len = max_model_len or config.max_len
+        folder = None if isinstance(model, GPT) else find_model(model)
+        config = ModelConfig.from_dict(read_json(folder / "config.json")) if folder else model.config
+        self.max_model_len = config.max_len if max_model_len is None else max_model_len
         if not 1 < self.max_model_len <= config.max_len:
             raise ValueError(f"max_model_len: must be from 2 to the model's {config.max_len}, got {max_model_len}")
+        if folder:
+            self._load(folder, config, pick_device(device), dtype)
+        else:
+            self.model, self.tokenizer, self.eos_ids = model, None, frozenset(config.eos_ids)
+        self.device = self.model.device
         max_batch_tokens = max_batch_tokens or max(max_batch_requests, 8192 if self.device.type == "cuda" else 1024)
         num_blocks = self._num_blocks(kv_memory, block_size, max_batch_requests)
         self.pool = BlockPool(num_blocks, block_size, prefix_caching)
@@ -727,8 +729,7 @@ class LLM:
                                       "finished", "aborted"), 0)
         log.info(self.describe())
 
-    def _load(self, folder, device, dtype, max_model_len):
-        config = ModelConfig.from_dict(read_json(folder / "config.json"))
+    def _load(self, folder, config, device, dtype):
         self.tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
         if self.tokenizer and self.tokenizer.vocab_size > config.vocab_size:
             raise ValueError(f"tokenizer.json: has ids up to {self.tokenizer.vocab_size - 1}, the model's vocabulary ends "
@@ -736,7 +737,7 @@ class LLM:
         generation = folder / "generation_config.json"
         eos = as_ids(read_json(generation).get("eos_token_id")) if generation.exists() else ()
         self.eos_ids = frozenset(eos or config.eos_ids)
-        self.model = load(folder, device, pick_dtype(dtype, device, config.dtype), max_model_len)
+        self.model = load(folder, device, pick_dtype(dtype, device, config.dtype), self.max_model_len)
 
     def _num_blocks(self, kv_memory, block_size, max_batch_requests) -> int:
         c, device = self.model.config, self.device
@@ -762,7 +763,7 @@ class LLM:
         c, gib = self.model.config, self.cache.data.nbytes / 2**30
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         if self.device.type == "cpu":
-            cpp = kernels.use_cpp and self.model.dtype in kernels._ELEMENTS and kernels.cpp_library(self.model.dtype)
+            cpp = kernels.cpp_bodies(self.model.embed) is not None
             device += f" ({torch.get_num_threads()} threads, {'C++' if cpp else 'PyTorch'} kernels)"
         return (f"{c.family}, {self.model.num_parameters / 1e6:,.1f}M parameters, {str(self.model.dtype)[6:]} on {device}, "
                 f"{self.pool.num_usable:,} KV blocks of {self.pool.block_size} tokens ({gib:.2f} GiB), at most "
@@ -787,9 +788,13 @@ class LLM:
             for prompt, options in zip(prompts, params):
                 requests.append(self.add_request(prompt, options))
             with tqdm(total=len(requests), disable=not progress, unit=" requests") as bar:
-                while any(request.status != FINISHED for request in chain(*(r.samples for r in requests))):
-                    self.step()
-                    bar.update(sum(all(s.status == FINISHED for s in r.samples) for r in requests) - bar.n)
+                unfinished = set(requests)
+                while unfinished:
+                    for request in self.step():
+                        first = request.samples[0]
+                        if first in unfinished and all(sample.status == FINISHED for sample in first.samples):
+                            unfinished.remove(first)
+                            bar.update()
         except BaseException:
             for request in requests:
                 self.abort(request)
@@ -949,9 +954,10 @@ class LLM:
             def column(values, dtype=torch.float32):
                 return torch.tensor(values, dtype=dtype, device=logits.device)
 
+            wide = torch.float32 if logits.device.type == "mps" else torch.float64
             tokens = kernels.sample(logits, column([p.temperature for p in params]),
                                     column([p.top_k for p in params], torch.int64), column([p.top_p for p in params]),
-                                    column([p.min_p for p in params]), torch.from_numpy(noise).to(logits.device))
+                                    column([p.min_p for p in params]), torch.from_numpy(noise).to(logits.device, wide))
             best = logits.amax(-1)
         tokens, sound = tokens.tolist(), best.isfinite().tolist()
         for i, row in zip(asked, raw if asked else ()):
@@ -1125,6 +1131,13 @@ def workload(requests: int, input_lens: tuple[int, int], output_lens: tuple[int,
     return [([rng.randrange(vocab) for _ in range(prompt)], output) for prompt, output in lengths]
 
 
+def nano_vllm_workload(vocab: int, seed: int):
+    """The 256 requests that nano-vLLM publishes figures for: 100 to 1,024 tokens in and out, 133,966 out with seed 0."""
+    rng = random.Random(seed)
+    prompts = [[rng.randint(0, 10000) % vocab for _ in range(rng.randint(100, 1024))] for _ in range(256)]
+    return [(prompt, rng.randint(100, 1024)) for prompt in prompts]
+
+
 def measure_roofline(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     """This machine's (bytes/s of a large copy, counting reads and writes; FLOP/s of a 2048-cubed product). Medians."""
     def seconds(work):
@@ -1201,30 +1214,34 @@ def run_workload(llm: LLM, work) -> dict[str, float]:
 
 
 class TransformersPeer:
-    """The same requests through transformers' continuous batching, for --compare."""
+    """The same requests through transformers' continuous batching, for --compare. Its cache holds all of them at once."""
 
-    def __init__(self, shape: dict, dtype: torch.dtype, device: torch.device):
+    def __init__(self, shape: dict, dtype: torch.dtype, device: torch.device, work):
         import transformers
-        from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
         transformers.logging.set_verbosity_error()
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
         config = transformers.AutoConfig.for_model(**shape)
-        config.eos_token_id = config.pad_token_id = None
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        self.model, self.config_class = model.to(device).eval(), ContinuousBatchingConfig
-        self.generation = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1)
+        blocks = sum(-(-(len(prompt) + tokens) // 32) for prompt, tokens in work) + len(work) + 2
+        self.manager = model.to(device).eval().init_continuous_batching(
+            transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1),
+            transformers.ContinuousBatchingConfig(page_size=32, num_blocks=blocks, max_batch_tokens=512,
+                                                  max_requests_per_batch=len(work), allow_block_sharing=False))
+        self.manager.start()
 
     def run(self, work) -> float:
         """Seconds for all of it."""
-        with self.model.continuous_batching_context_manager(generation_config=self.generation) as manager:
-            start = time.perf_counter()
-            for i, (prompt, tokens) in enumerate(work):
-                manager.add_request(prompt, request_id=str(i), max_new_tokens=tokens)
-            finished = 0
-            while finished < len(work):
-                result = manager.get_result(timeout=1)
-                finished += bool(result and result.is_finished())
-            return time.perf_counter() - start
+        start = time.perf_counter()
+        for prompt, tokens in work:
+            self.manager.add_request(prompt, max_new_tokens=tokens, eos_token_id=-1)
+        finished = 0
+        while finished < len(work):
+            if (result := self.manager.get_result(timeout=1)) and result.is_finished():
+                finished += 1
+            elif not self.manager.is_running():
+                raise RuntimeError("transformers' generation thread ended early")
+        return time.perf_counter() - start
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -1239,13 +1256,16 @@ def bench(args: argparse.Namespace) -> None:
         config = ModelConfig.from_dict(shape)
         dtype = pick_dtype(args.dtype, device, "bfloat16")
         llm = make_llm(args, GPT(config, dtype, device, args.max_model_len).randomize(args.seed))
-    work = workload(args.requests, args.input_len, args.output_len, llm.model.config.vocab_size, args.seed)
+    vocab = llm.model.config.vocab_size
+    work = (nano_vllm_workload(vocab, args.seed) if args.nano_vllm else
+            workload(args.requests, args.input_len, args.output_len, vocab, args.seed))
     num_in, num_out = sum(len(prompt) for prompt, _ in work), sum(tokens for _, tokens in work)
     print(f"{llm.describe()}\n{len(work)} requests, {num_in:,} tokens in, {num_out:,} out, greedy, all submitted at once")
     peer = None
     if args.compare:
-        peer = TransformersPeer(shape or read_json(find_model(args.model) / "config.json"), llm.model.dtype, device)
-        peer.run(work[:2])
+        peer = TransformersPeer(shape or read_json(find_model(args.model) / "config.json"), llm.model.dtype, device,
+                                work)
+        peer.run(work)  # warm up
     bandwidth, flops = measure_roofline(llm.model.dtype, device)
     print(f"this machine, now: {bandwidth / 1e9:.1f} GB/s copying, {flops / 1e9:,.0f} GFLOP/s multiplying")
     run_workload(llm, work[: max(2, len(work) // 4)])  # warm up: allocations, first use of kernels
@@ -1346,6 +1366,7 @@ def parser_for(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--requests", type=int, default=32)
         parser.add_argument("--input-len", type=parse_range, default="16..256", help="tokens of the prompts")
         parser.add_argument("--output-len", type=parse_range, default="16..256", help="tokens to generate")
+        parser.add_argument("--nano-vllm", action="store_true", help="nano-vLLM's 256 requests instead")
         parser.add_argument("--runs", type=int, default=3, help="the median is printed")
         parser.add_argument("--compare", choices=["transformers"], help="run the same through this, in turn")
         return parser
@@ -1467,7 +1488,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output has gone, `nanoserve ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        print(f"nanoserve: {error.filename or name}: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -102,7 +102,7 @@ class Scheduler:
 
     def __init__(self, pool: BlockPool, *, max_batch_tokens: int, max_batch_requests: int, max_model_len: int,
                  policy: str | Callable[[Request], object] = "fcfs"):
-        if isinstance(policy, str) and policy not in POLICIES:
+        if not callable(policy) and policy not in POLICIES:
             raise ValueError(f"policy: {policy!r} is not one of {', '.join(POLICIES)}, nor a function of a request")
         if not 1 <= max_batch_requests <= max_batch_tokens:
             raise ValueError(f"max_batch_requests: must be from 1 to max_batch_tokens ({max_batch_tokens}), so that "
@@ -208,7 +208,7 @@ class Scheduler:
         width, request.width = request.width, 1
         for i in range(1, width):
             child = copy.copy(request)
-            child.tokens, child.logprobs = request.tokens.copy(), []
+            child.tokens, child.logprobs, child.num_preemptions = request.tokens.copy(), [], 0
             child.block_table = self.pool.fork(request.block_table)
             child.arrival, child.sample_index = next(self._arrivals), i
             child.urgency = (request.urgency[0], child.arrival)
