@@ -303,11 +303,11 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
     cumulative probability passes it. So a row's token depends on that row alone, not on its neighbours or on how often
     anybody sampled before.
     """
-    tokens = logits.argmax(-1)
+    tokens = logits.max(-1).indices
     drawn = (temperature > 0).nonzero()[:, 0]
     if len(drawn):
         probs = token_probabilities(logits[drawn], temperature[drawn], top_k[drawn], top_p[drawn], min_p[drawn])
-        mass = probs.cumsum(-1, dtype=noise.dtype)
+        mass = probs.to(noise.dtype).cumsum(-1)
         # right=True finds the first entry *beyond* the target, which is never a token of probability zero.
         picked = torch.searchsorted(mass, noise[drawn, None] * mass[:, -1:], right=True)[:, 0]
         tokens[drawn] = picked.clamp(max=logits.shape[-1] - 1)

@@ -22,11 +22,13 @@ Survey A II, IV.A · B 2.1, 2.3, 3.2 · C Background.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import difflib
 import json
 import logging
 import math
 import os
+import platform
 import random
 import re
 import statistics
@@ -34,7 +36,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +88,11 @@ class ModelConfig:
 
     FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmoe")
 
+    COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+              "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions", "num_experts", "num_local_experts",
+              "num_experts_per_tok", "moe_intermediate_size")
+    COUNTS_OR_NULL = ("num_key_value_heads", "head_dim", "n_inner")
+
     @classmethod
     def from_dict(cls, c: dict) -> ModelConfig:
         """From the dictionary in config.json. ValueError names whatever is missing, unknown or not supported."""
@@ -95,6 +102,12 @@ class ModelConfig:
                              f"causal language models of these types are: {', '.join(cls.FAMILIES)}")
         if c.get("quantization_config"):
             raise ValueError("model: checkpoints with a quantization_config are not supported")
+        for name, value in c.items():
+            is_count = name in cls.COUNTS or (name in cls.COUNTS_OR_NULL and value is not None)
+            if is_count and (type(value) is not int or value < 1):
+                raise ValueError(f"config.json: {name} must be a positive integer, got {value!r}")
+            if name in ("rope_scaling", "rope_parameters") and not isinstance(value, (dict, type(None))):
+                raise ValueError(f"config.json: {name} must be an object, got {value!r}")
         try:
             config = cls._gpt2(c) if family == "gpt2" else cls._llama_like(c)
         except KeyError as error:
@@ -175,6 +188,8 @@ class ModelConfig:
             kinds = c.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
             if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
                 raise ValueError(f"config.json: layer_types: {', '.join(sorted(unknown))} is not supported")
+            if len(kinds) != layers:
+                raise ValueError(f"config.json: layer_types has {len(kinds)} entries for {layers} layers")
             return [window if kind == "sliding_attention" else 0 for kind in kinds]
         return [window] * layers
 
@@ -440,7 +455,12 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, max_len: int | 
 def weight_files(folder: Path) -> list[Path]:
     """The files that config.json's model is in: those the index names, else the single one. Never whatever lies around."""
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = ["model.safetensors"]
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index.name}: has no weight_map")
+        names = sorted(set(weight_map.values()))
     for name in names:
         if not (folder / name).is_file():
             raise ValueError(f"model: {folder} has no {name}")
@@ -468,11 +488,14 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def read_json(path: Path) -> dict:
     """A JSON file's contents; ValueError names the file if it is absent or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"model: {path.parent} has no {path.name}") from None
     except (ValueError, OSError) as error:
         raise ValueError(f"{path.name}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name}: must be a JSON object, got {type(content).__name__}")
+    return content
 
 
 def find_model(model: str | os.PathLike | None) -> Path:
@@ -506,6 +529,8 @@ class Tokenizer:
             self.backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"tokenizer.json: not a readable tokenizer ({error})") from None
+        self.backend.no_truncation()  # left over from training in some files
+        self.backend.no_padding()
         path = folder / "tokenizer_config.json"
         config = read_json(path) if path.exists() else {}
         self.special = {name: token["content"] if isinstance(token := config.get(name), dict) else token
@@ -539,14 +564,15 @@ class Tokenizer:
             raise jinja2.exceptions.TemplateError(message)
 
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        env.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
         env.globals.update(raise_exception=raise_exception, strftime_now=lambda form: time.strftime(form))
         try:
             return env.from_string(self.chat_template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt,
-                **{name: token for name, token in self.special.items() if token}, **variables)
-        except jinja2.exceptions.TemplateError as error:
-            raise ValueError(f"chat: the model's template refuses these messages: {error}") from None
+                **{"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None,
+                   **{name: token for name, token in self.special.items() if token}, **variables})
+        except Exception as error:  # a template is a program, and can fail like one
+            reason = " ".join(str(error).split())
+            raise ValueError(f"chat: the model's template refuses these messages: {reason}") from None
 
     def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = True, **variables) -> list[int]:
         """The prompt's token ids. The template already wrote BOS, so none is added."""
@@ -565,7 +591,18 @@ class Detokenizer:
         self.text, self.stopped, self.num_tokens = "", False, 0
         self._held, self._hold = "", max(map(len, stop), default=1) - 1
         self._pending: list[int] = []  # tokens that have shown nothing yet: part of a character, or special
-        self._start(prompt[-8:])  # decoding starts inside the prompt, or a leading space would be lost
+        # Decoding starts inside the prompt, or a leading space would be lost. But not inside a character, which four tokens
+        # at most make up: all bytes around it would decode to holes.
+        n = len(prompt)
+        for end, length in product(range(n, max(n - 4, -1), -1), range(8, 12)):
+            tail = tokenizer.decode(prompt[max(0, end - length) : end])
+            if not tail.startswith("\ufffd") and not tail.endswith("\ufffd"):
+                break
+        else:
+            end, length = n, 0
+        self._start(prompt[max(0, end - length) : end])
+        for token in prompt[end:]:
+            self._stream.step(tokenizer.backend, token)
 
     def push(self, token: int, may_stop: bool = True) -> None:
         """Add a token. A stop string that is complete sets `stopped`, and the text ends before it."""
@@ -594,8 +631,10 @@ class Detokenizer:
     def _show(self, piece, may_stop):
         if self.stopped:
             return
-        self._held += piece
-        found = [at for at in (self._held.find(stop) for stop in self.stop) if at >= 0] if may_stop else []
+        old, self._held = len(self._held), self._held + piece
+        # Only what this piece completes: what was complete before was not to stop then (min_tokens).
+        found = [self._held.find(stop, max(0, old - len(stop) + 1)) for stop in self.stop] if may_stop else []
+        found = [at for at in found if at >= 0]
         self.stopped = bool(found)
         cut = min(found) if found else max(0, len(self._held) - self._hold)
         self.text, self._held = self.text + self._held[:cut], "" if found else self._held[cut:]
@@ -707,6 +746,10 @@ class LLM:
                  kv_memory: float | int | None = None, block_size: int = 16, max_batch_tokens: int | None = None,
                  max_batch_requests: int = 256, max_model_len: int | None = None,
                  policy: str | Callable[[Request], object] = "fcfs", prefix_caching: bool = True, seed: int = 0):
+        for name, value in (("block_size", block_size), ("max_batch_tokens", max_batch_tokens),
+                            ("max_batch_requests", max_batch_requests), ("max_model_len", max_model_len)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
         folder = None if isinstance(model, GPT) else find_model(model)
         config = ModelConfig.from_dict(read_json(folder / "config.json")) if folder else model.config
         self.max_model_len = config.max_len if max_model_len is None else max_model_len
@@ -717,6 +760,8 @@ class LLM:
         else:
             self.model, self.tokenizer, self.eos_ids = model, None, frozenset(config.eos_ids)
         self.device = self.model.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         max_batch_tokens = max_batch_tokens or max(max_batch_requests, 8192 if self.device.type == "cuda" else 1024)
         num_blocks = self._num_blocks(kv_memory, block_size, max_batch_requests)
         self.pool = BlockPool(num_blocks, block_size, prefix_caching)
@@ -745,7 +790,7 @@ class LLM:
                                               self.model.dtype.itemsize)
         if kv_memory is None:
             kv_memory = 0.85 if device.type == "cuda" else 1 << 30
-        if isinstance(kv_memory, bool) or not kv_memory > 0:
+        if isinstance(kv_memory, bool) or not isinstance(kv_memory, (int, float)) or not 0 < kv_memory < math.inf:
             raise ValueError(f"kv_memory: must be bytes, or a fraction of the free memory below 1; got {kv_memory!r}")
         if kv_memory < 1:
             free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
@@ -755,7 +800,7 @@ class LLM:
         num_blocks = min(int(kv_memory // block_bytes), most)
         if num_blocks < 2:
             raise ValueError(f"kv_memory: {kv_memory:.0f} bytes are less than two blocks of {block_bytes} bytes; raise "
-                             f"kv_memory, or lower block_size or max_batch_tokens")
+                             f"kv_memory or lower block_size")
         return num_blocks
 
     def describe(self) -> str:
@@ -1073,6 +1118,8 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {device} can not be used here: {str(error).splitlines()[0]}") from None
@@ -1083,12 +1130,30 @@ def pick_dtype(dtype: str, device: torch.device, stored: str) -> torch.dtype:
     """The dtype by name. "auto" is as stored on a GPU; on a CPU bfloat16 where it computes in that, else float32."""
     if dtype == "auto":
         if device.type == "cpu":
-            fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            return torch.bfloat16 if fast else torch.float32
+            return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
         dtype = stored
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep large buffers that are freed. Its default is to hand them back to the operating system at
+    once, and every step would pay for having them zeroed and mapped again. Only glibc has the knob.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError, TypeError):
+        pass
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 itself, rather than through float32."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def free_memory() -> int:
