@@ -247,16 +247,17 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def edit_logits(logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, divide: torch.Tensor,
-                add: torch.Tensor) -> torch.Tensor:
-    """Change single entries of logits [S, V] in place, and return it; penalties, biases and bans are all of this form.
+def edit_logits(logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, bias: torch.Tensor,
+                divide: torch.Tensor, subtract: torch.Tensor) -> torch.Tensor:
+    """logits [S, V] with single entries changed; biases, bans and penalties are all of this form. Returns a new tensor.
 
-    Entry (rows[i], tokens[i]) is moved towards "unlikely" by the factor divide[i] (repetition penalty: positive logits
-    are divided, negative ones multiplied, arXiv:1909.05858), then add[i] is added (-inf bans). No pair may occur twice.
+    Entry (rows[i], tokens[i]) gets bias[i] added (-inf bans it), is moved towards "unlikely" by the factor divide[i]
+    (repetition penalty: positive logits are divided, negative ones multiplied, arXiv:1909.05858), and loses subtract[i]
+    (presence and frequency penalty). No entry may be named twice.
     """
-    picked = logits[rows, tokens]
-    logits[rows, tokens] = torch.where(picked > 0, picked / divide, picked * divide) + add
-    return logits
+    picked = logits[rows, tokens] + bias
+    picked = torch.where(picked > 0, picked / divide, picked * divide) - subtract
+    return logits.index_put((rows, tokens), picked)
 
 
 def token_probabilities(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor,
@@ -267,7 +268,8 @@ def token_probabilities(logits: torch.Tensor, temperature: torch.Tensor, top_k: 
     logit, top-p the token that crosses p and its ties (arXiv:1904.09751), min-p whatever has at least min_p times the
     largest probability (arXiv:2407.01082). Survey B v1 3.2.5 (Sampling optimization).
     """
-    logits = logits.float() / temperature[:, None]
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]  # largest 0: nothing overflows
     V = logits.shape[-1]
     # A row is decided by one threshold on its logits. Sorting 150,000 of them to keep forty is a waste, so look at the
     # largest few first, and at more only if some row's top-p reaches further.
@@ -290,8 +292,7 @@ def token_probabilities(logits: torch.Tensor, temperature: torch.Tensor, top_k: 
         threshold = torch.where(top_p[:, None] < 1, torch.maximum(threshold, largest.gather(1, crossing)), threshold)
         logits = logits.masked_fill(logits < threshold, -math.inf)
     if bool((min_p > 0).any()):
-        least = logits.amax(-1, keepdim=True) + min_p.log()[:, None]
-        logits = logits.masked_fill(logits < least, -math.inf)
+        logits = logits.masked_fill(logits < min_p.log()[:, None], -math.inf)
     return logits.softmax(-1)
 
 

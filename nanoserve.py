@@ -34,6 +34,7 @@ import re
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from itertools import chain, product
@@ -695,18 +696,19 @@ class SamplingParams:
                 raise ValueError(f"{f.name}: must be {what} from {low:g} to {high:g}, got {value!r}")
         if self.top_p == 0:
             raise ValueError("top_p: must be greater than 0, got 0")
-        self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop: must be non-empty texts, got {self.stop!r}")
-        self.stop_token_ids = tuple(self.stop_token_ids or ())
-        if not all(isinstance(token, int) and token >= 0 for token in self.stop_token_ids):
-            raise ValueError(f"stop_token_ids: must be token ids, got {self.stop_token_ids!r}")
+        for name, kind, what in (("stop", str, "non-empty texts"), ("stop_token_ids", int, "token ids")):
+            value = getattr(self, name)
+            value = (value,) if name == "stop" and isinstance(value, str) else () if value is None else value
+            if not isinstance(value, (list, tuple)) or not all(type(v) is kind and (v if kind is str else v >= 0)
+                                                               for v in value):
+                raise ValueError(f"{name}: must be {what}, got {value!r}")
+            setattr(self, name, tuple(value))
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos: must be True or False, got {self.ignore_eos!r}")
         if self.logit_bias is not None and not (isinstance(self.logit_bias, dict) and all(
-                isinstance(token, int) and isinstance(bias, (int, float)) and not math.isnan(bias) and bias < math.inf
+                type(token) is int and type(bias) in (int, float) and (-1e38 <= bias <= 1e38 or bias == -math.inf)
                 for token, bias in self.logit_bias.items())):
-            raise ValueError(f"logit_bias: must map token ids to numbers, got {self.logit_bias!r}")
+            raise ValueError(f"logit_bias: must map token ids to numbers from -1e38 to 1e38, got {self.logit_bias!r}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens: {self.min_tokens} is more than max_tokens={self.max_tokens}")
 
@@ -834,7 +836,7 @@ class LLM:
                 requests.append(self.add_request(prompt, options))
             with tqdm(total=len(requests), disable=not progress, unit=" requests") as bar:
                 unfinished = set(requests)
-                while unfinished:
+                while unfinished and self.has_work():
                     for request in self.step():
                         first = request.samples[0]
                         if first in unfinished and all(sample.status == FINISHED for sample in first.samples):
@@ -885,8 +887,9 @@ class LLM:
                                  f"(0 to {vocab - 1})")
         if params.stop and self.tokenizer is None:
             raise ValueError("stop: this model has no tokenizer, so it has no text to look for stop strings in")
-        request = Request(tokens, params.max_tokens or max(1, min(256, room)), priority=priority, width=params.n,
-                          root=cache_salt, reuse_prefix=params.prompt_logprobs is None, params=params)
+        max_tokens = params.max_tokens or max(1, params.min_tokens, min(256, room))
+        request = Request(tokens, max_tokens, priority=priority, width=params.n, root=cache_salt,
+                          reuse_prefix=params.prompt_logprobs is None, params=params)
         request.seed = self._random.getrandbits(64) if params.seed is None else params.seed % 2**64
         return self.scheduler.add(request)
 
@@ -929,23 +932,19 @@ class LLM:
         plan = self.scheduler.schedule()
         if not plan:
             return []
-        batch, prompt_rows = self.pack(plan)
+        batch, samplers, prompt_rows = self.pack(plan)
         logits = self.model.forward(batch, self.cache)
         self._counts["steps"] += 1
         self._counts["forward_passes"] += 1
         self._counts["computed_tokens"] += len(batch.tokens)
-        for (request, position), row in zip(prompt_rows, logits[len(logits) - len(prompt_rows):]):
+        for (request, position), row in zip(prompt_rows, logits[len(samplers):]):
             self._record(request, position, row.float().log_softmax(-1))
-        samplers: list[Request] = []
-        for request, n in plan:
-            self._counts["prompt_tokens"] += min(n, max(0, request.num_prompt - request.num_computed))
-            if self.scheduler.advance(request, n):
-                samplers += self.scheduler.fork(request)
-        return self.commit(samplers, *self.sample(samplers, logits[: len(samplers)]))
+        # Until here no request has changed: whatever goes wrong above, the next step plans the same again.
+        return self.commit(plan, *self.sample(samplers, logits[: len(samplers)]))
 
-    def pack(self, plan: list[tuple[Request, int]]) -> tuple[Batch, list[tuple[Request, int]]]:
-        """Lay the planned tokens end to end. Returns the batch, and (request, position) of the rows that follow those
-        to be sampled in `batch.rows`: prompt positions whose log-probabilities somebody asked for.
+    def pack(self, plan: list[tuple[Request, int]]) -> tuple[Batch, list[tuple[Request, int]], list[tuple[Request, int]]]:
+        """Lay the planned tokens end to end. Returns the batch and whose its `rows` are: first (request, sample index) of
+        those to be sampled, then (request, position) of prompt tokens whose log-probabilities somebody asked for.
         """
         self.cache.copy_blocks(self.pool.take_copies())
         counts = np.array([n for _, n in plan])
@@ -955,6 +954,7 @@ class LLM:
         tables = np.full((len(plan), width), SCRATCH, dtype=np.int32)
         tokens: list[int] = []
         rows: list[int] = []
+        samplers: list[tuple[Request, int]] = []
         prompt_rows: list[tuple[Request, int]] = []
         for i, (request, n) in enumerate(plan):
             start, end = request.num_computed, request.num_computed + n
@@ -962,6 +962,7 @@ class LLM:
             tables[i, : len(request.block_table)] = request.block_table
             if end == len(request.tokens):
                 rows += [query_start[i + 1] - 1] * request.width
+                samplers += [(request, request.sample_index + k) for k in range(request.width)]
             if not request.reuse_prefix and request.num_output == 0:
                 prompt_rows += [(request, p) for p in range(start, min(end, request.num_prompt - 1))]
         first_row = {request: query_start[i] - request.num_computed for i, (request, _) in enumerate(plan)}
@@ -974,15 +975,18 @@ class LLM:
         def put(array, dtype):
             return torch.from_numpy(np.asarray(array, dtype=dtype)).to(self.device)
 
-        return Batch(put(tokens, np.int64), put(positions, np.int64), put(slots, np.int64), put(tables, np.int32),
-                     put(computed + counts, np.int32), put(query_start, np.int32), put(rows, np.int64)), prompt_rows
+        batch = Batch(put(tokens, np.int64), put(positions, np.int64), put(slots, np.int64), put(tables, np.int32),
+                      put(computed + counts, np.int32), put(query_start, np.int32), put(rows, np.int64))
+        return batch, samplers, prompt_rows
 
-    def sample(self, requests: list[Request], logits: torch.Tensor) -> tuple[list[int], list[bool], list[dict | None]]:
-        """For row i of logits [S, V], which belongs to requests[i]: the next token, whether the logits made sense (no
-        NaN, something left to choose), and the log-probabilities asked for.
+    def sample(self, samplers: list[tuple[Request, int]], logits: torch.Tensor
+               ) -> tuple[list[int], list[bool], list[dict | None]]:
+        """For row i of logits [S, V], which belongs to samplers[i], a request and which of its samples: the next token,
+        whether the logits made sense (no NaN, something left to choose), and the log-probabilities asked for.
         """
-        if not requests:
+        if not samplers:
             return [], [], []
+        requests = [request for request, _ in samplers]
         params = [request.params for request in requests]
         logprobs: list[dict | None] = [None] * len(requests)
         asked = [i for i, p in enumerate(params) if p.logprobs is not None]
@@ -991,10 +995,8 @@ class LLM:
         if all(p.temperature == 0 for p in params):
             best, tokens = logits.max(-1)
         else:
-            noise = kernels.uniform_noise(
-                np.array([request.seed for request in requests], dtype=np.uint64)
-                ^ np.array([request.sample_index << 40 for request in requests], dtype=np.uint64),
-                np.array([request.num_output for request in requests]))
+            noise = kernels.uniform_noise(np.array([request.seed for request in requests], dtype=np.uint64),
+                                          np.array([request.num_output + (index << 32) for request, index in samplers]))
 
             def column(values, dtype=torch.float32):
                 return torch.tensor(values, dtype=dtype, device=logits.device)
@@ -1011,60 +1013,68 @@ class LLM:
 
     def _edit(self, requests, logits):
         """Logits after biases, penalties and bans, all as one list of changes to single entries."""
-        rows, tokens, divide, add = [], [], [], []
+        rows, tokens, edits = [], [], []
         for i, request in enumerate(requests):
-            p, edits = request.params, {}
+            p, changed = request.params, {}  # token: [bias, divide, subtract]
             for token, bias in (p.logit_bias or {}).items():
-                edits[token] = [1.0, bias]
+                changed[token] = [bias, 1.0, 0.0]
             if p.presence_penalty or p.frequency_penalty:
-                for token in request.tokens[request.num_prompt:]:
-                    edit = edits.setdefault(token, [1.0, 0.0])
-                    edit[1] -= p.frequency_penalty
-                for token in set(request.tokens[request.num_prompt:]):
-                    edits[token][1] -= p.presence_penalty
+                for token, count in Counter(request.tokens[request.num_prompt:]).items():
+                    edit = changed.setdefault(token, [0.0, 1.0, 0.0])
+                    edit[2] = p.presence_penalty + p.frequency_penalty * count
             if p.repetition_penalty != 1:
                 for token in set(request.tokens):
-                    edits.setdefault(token, [1.0, 0.0])[0] = p.repetition_penalty
+                    changed.setdefault(token, [0.0, 1.0, 0.0])[1] = p.repetition_penalty
             if request.num_output < p.min_tokens:
                 for token in self._stop_ids(p):
-                    edits[token] = [1.0, -math.inf]
-            rows += [i] * len(edits)
-            tokens += edits
-            divide += [d for d, _ in edits.values()]
-            add += [a for _, a in edits.values()]
+                    changed[token] = [-math.inf, 1.0, 0.0]
+            rows += [i] * len(changed)
+            tokens += changed
+            edits += changed.values()
         if not rows:
             return logits
-        logits = logits.float()
-        make = torch.tensor
-        return kernels.edit_logits(logits, make(rows, device=logits.device), make(tokens, device=logits.device),
-                                   make(divide, device=logits.device), make(add, device=logits.device))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        bias, divide, subtract = torch.tensor(edits, dtype=logits.dtype, device=logits.device).T
+        return kernels.edit_logits(logits, torch.tensor(rows, device=logits.device),
+                                   torch.tensor(tokens, device=logits.device), bias, divide, subtract)
 
-    def commit(self, requests: list[Request], tokens: list[int], sound: list[bool], logprobs: list[dict | None]
+    def commit(self, plan: list[tuple[Request, int]], tokens: list[int], sound: list[bool], logprobs: list[dict | None]
                ) -> list[Request]:
-        """Append each request's token and end those that are done. Returns the requests."""
-        for request, token, ok, logprob in zip(requests, tokens, sound, logprobs):
-            p = request.params
-            if not ok:
-                request.error = (f"request {request.arrival}: the model's logits at position {len(request.tokens) - 1} are "
-                                 f"not finite numbers, or every token is banned")
-                self.scheduler.finish(request, "abort")
-                self._counts["aborted"] += 1
-                continue
-            request.tokens.append(token)
-            self._counts["output_tokens"] += 1
-            if logprob is not None:
-                request.logprobs.append(logprob)
-            if token in self._stop_ids(p):
-                reason, request.ended_by_token = "stop", True
-            elif p.stop and self._read(request).stopped:
-                reason = "stop"
-            elif request.num_output >= request.max_tokens:
-                reason = "length"
-            else:
-                continue
-            self.scheduler.finish(request, reason)
-            self._counts["finished"] += 1
-        return requests
+        """Record what the step computed, append the sampled tokens, and end those requests that are done.
+
+        Returns the requests that sampled. The lists are in the order of `pack`'s samplers.
+        """
+        sampled, results = [], zip(tokens, sound, logprobs)
+        for request, n in plan:
+            self._counts["prompt_tokens"] += min(n, max(0, request.num_prompt - request.num_computed))
+            if self.scheduler.advance(request, n):
+                for sample in self.scheduler.fork(request):
+                    self._append(sample, *next(results))
+                    sampled.append(sample)
+        return sampled
+
+    def _append(self, request, token, sound, logprobs):
+        p = request.params
+        if not sound:
+            request.error = (f"request {request.samples[0].arrival}: the model's logits at position "
+                             f"{len(request.tokens) - 1} are not finite numbers, or every token is banned")
+            self.scheduler.finish(request, "abort")
+            self._counts["aborted"] += 1
+            return
+        request.tokens.append(token)
+        self._counts["output_tokens"] += 1
+        if logprobs is not None:
+            request.logprobs.append(logprobs)
+        if token in self._stop_ids(p):
+            reason, request.ended_by_token = "stop", True
+        elif p.stop and self._read(request).stopped:
+            reason = "stop"
+        elif request.num_output >= request.max_tokens:
+            reason = "length"
+        else:
+            return
+        self.scheduler.finish(request, reason)
+        self._counts["finished"] += 1
 
     def _stop_ids(self, p: SamplingParams) -> frozenset:
         """The tokens that end the output of a request with these parameters."""
@@ -1103,7 +1113,7 @@ class LLM:
         return Output(self.text(request), request.tokens[request.num_prompt:], request.finish_reason,
                       request.tokens[: request.num_prompt],
                       request.logprobs if request.params.logprobs is not None else None,
-                      request.prompt_logprobs or None)
+                      None if request.params.prompt_logprobs is None else request.prompt_logprobs or [None])
 
 
 def top_logprobs(row: torch.Tensor, chosen: int, k: int) -> dict[int, float]:
@@ -1379,7 +1389,7 @@ def make_llm(args: argparse.Namespace, model=None) -> LLM:
     """An LLM from the command line's options."""
     return LLM(model or args.model, device=args.device, dtype=args.dtype, kv_memory=args.kv_memory,
                max_batch_tokens=args.max_batch_tokens, max_batch_requests=args.max_batch_requests,
-               max_model_len=args.max_model_len, seed=args.seed or 0)
+               max_model_len=args.max_model_len, seed=random.getrandbits(63) if args.seed is None else args.seed)
 
 
 def sampling_from(args: argparse.Namespace) -> SamplingParams:
@@ -1473,8 +1483,8 @@ def chat(args: argparse.Namespace) -> None:
             continue
         messages.append({"role": "user", "content": line})
         prompt = llm.tokenizer.apply_chat_template(messages)
-        while len(prompt) + 64 > llm.max_model_len and len(messages) > 1:  # the oldest exchange makes room
-            del messages[:2]
+        while len(prompt) + (params.max_tokens or 64) > llm.max_model_len and len(messages) > 1:
+            del messages[:2]  # the oldest exchange makes room
             prompt = llm.tokenizer.apply_chat_template(messages)
         answer = ""
         try:
@@ -1496,13 +1506,13 @@ def generate_file(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     try:
-        prompts = [line for line in Path(args.file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line for line in Path(args.file).read_text(encoding="utf-8").split("\n") if line.strip()]
     except OSError as error:
         raise ValueError(f"--file: {args.file}: {error.strerror}") from None
     done, out = set(), Path(args.jsonl)
     if out.exists():
         kept = []
-        for line in out.read_text(encoding="utf-8").splitlines():
+        for line in out.read_text(encoding="utf-8").split("\n"):  # splitlines() would split texts at U+2028
             try:
                 done.add(json.loads(line)["index"])
                 kept.append(line + "\n")

@@ -208,7 +208,7 @@ class Scheduler:
         width, request.width = request.width, 1
         for i in range(1, width):
             child = copy.copy(request)
-            child.tokens, child.logprobs, child.num_preemptions = request.tokens.copy(), [], 0
+            child.tokens, child.logprobs, child.num_preemptions, child.detokenizer = request.tokens.copy(), [], 0, None
             child.block_table = self.pool.fork(request.block_table)
             child.arrival, child.sample_index = next(self._arrivals), i
             child.urgency = (request.urgency[0], child.arrival)

@@ -62,7 +62,7 @@ def logits(model: GPT, tokens: list[int]) -> torch.Tensor:
     """All logits of one sequence, [len, V]."""
     llm = LLM(model, max_batch_requests=1)
     llm.add_request(tokens, SamplingParams(max_tokens=1))
-    batch, _ = llm.pack(llm.scheduler.schedule())
+    batch, *_ = llm.pack(llm.scheduler.schedule())
     batch.rows = torch.arange(len(tokens))
     return model.forward(batch, llm.cache)
 

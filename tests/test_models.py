@@ -81,7 +81,7 @@ def logits_of(llm: LLM, sequences: list[list[int]], prompts: list[int] | None = 
         if before_step:
             before_step(step)
         plan = llm.scheduler.schedule()
-        batch, _ = llm.pack(plan)
+        batch, *_ = llm.pack(plan)
         batch.rows = torch.arange(len(batch.tokens))
         rows = llm.model.forward(batch, llm.cache).split([n for _, n in plan])
         for (request, n), logits in zip(plan, rows):
@@ -367,7 +367,7 @@ def test_only_rows_that_are_wanted_are_computed():
     llm = engine(cached("qwen3"))
     tokens = reference("qwen3")[1][0]
     llm.add_request(tokens, SamplingParams(max_tokens=1))
-    batch, _ = llm.pack(llm.scheduler.schedule())
+    batch, *_ = llm.pack(llm.scheduler.schedule())
     assert batch.rows.tolist() == [len(tokens) - 1]
     batch.rows = torch.tensor([5, 36, 0, 5])
     got = llm.model.forward(batch, llm.cache)

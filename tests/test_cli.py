@@ -1,0 +1,364 @@
+"""The command line: `main([...])` in this process on a tiny random model with a real tokenizer, and once for real."""
+
+import argparse
+import builtins
+import contextlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import nanoserve
+from nanoserve import LLM, ModelConfig, SamplingParams, Tokenizer, layout, main, parse_memory, parse_range
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+TOKENIZER = Path(__file__).parent / "data" / "tokenizers" / "byte_level"
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 400, "hidden_size": 32,
+          "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+          "max_position_embeddings": 256, "tie_word_embeddings": False}
+
+
+def save_model(folder: Path, config: dict) -> Path:
+    """A random checkpoint that says printable ASCII, with a tokenizer and a chat template."""
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(place.num_rows, *place.shape[1:], generator=generator) * 0.5
+               for name, place in layout(ModelConfig.from_dict(config)).items()}
+    for path in TOKENIZER.iterdir():
+        shutil.copy(path, folder)
+    texts = [Tokenizer(folder).decode([i]) for i in range(config["vocab_size"])]
+    mute = [i for i, text in enumerate(texts) if not (text and text.isascii() and text.isprintable())]
+    weights["lm_head.weight"][mute] = 0
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def options(folder):
+    return ["--model", str(folder), "--dtype", "float32", "--kv-memory", "8MB"]
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    return LLM(folder, dtype="float32", kv_memory=8_000_000)
+
+
+P = SamplingParams(temperature=0, max_tokens=12)
+PLAIN = ["--temperature", "0", "--max-tokens", "12"]
+
+
+@pytest.fixture
+def say(monkeypatch):
+    """Lines that `input` returns; an exception among them is raised; then the input ends."""
+    def script(*lines):
+        lines = iter(lines)
+
+        def read(prompt=""):
+            line = next(lines, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr(builtins, "input", read)
+
+    return script
+
+
+# ---- complete ----
+
+
+def test_complete_prints_prompt_and_text(options, llm, capsys):
+    assert main(["Once upon", *options, *PLAIN]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Once upon" + llm.generate("Once upon", P)[0].text + "\n"
+    assert "Traceback" not in err
+
+
+def test_options_reach_the_sampler(options, llm, capsys):
+    """Each one, against the API with the same parameters."""
+    p = SamplingParams(temperature=1.7, top_k=30, top_p=0.9, min_p=0.01, repetition_penalty=1.2, seed=5, max_tokens=20,
+                       stop=["e", "zz"], ignore_eos=True)
+    flags = ["--temperature=1.7", "--top-k=30", "--top-p=0.9", "--min-p=0.01", "--repetition-penalty=1.2", "--seed=5",
+             "--max-tokens=20", "--stop=e", "--stop=zz", "--ignore-eos"]
+    assert nanoserve.sampling_from(nanoserve.parser_for("complete").parse_args(["x", *flags])) == p
+    for flagged, params in ((flags, p), (flags[:-3], replace(p, stop=(), ignore_eos=False))):
+        main(["Once upon", *options, *flagged])
+        assert capsys.readouterr().out == "Once upon" + llm.generate("Once upon", params)[0].text + "\n"
+
+
+def test_ctrl_c_ends_cleanly(options, monkeypatch, capsys):
+    def stream(self, prompt, params):
+        yield " a"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLM, "stream", stream)
+    assert main(["Once", *options]) == 130
+    assert capsys.readouterr().out == "Once a"
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["hi", "--model", "no/such/folder"], "no/such/folder"), (["hi", "--temperature", "-1"], "temperature: .*-1"),
+    (["hi", "--max-tokens", "300"], "max_model_len=256"), (["", "--max-tokens", "0"], "max_tokens: .*0"),
+    (["hi", "--device", "abacus"], "abacus"), (["hi", "--dtype", "int3"], "int3"),
+    (["hi", "--kv-memory", "10"], "kv_memory"), (["generate", "--file", "no.txt", "--jsonl", "out"], "no.txt"),
+    (["hi", "--max-model-len", "9999"], "max_model_len.*9999")], ids=str)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(options, argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([argv[0], *options, *argv[1:]]) == 2  # the later of two equal options counts
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("nanoserve: ") and re.search(message, last)
+
+
+@pytest.mark.parametrize("argv", [["hi", "--tempurature", "1"], ["hi", "--top-k", "many"], ["generate"],
+                                  ["bench", "--shape", "cube"], ["bench", "--input-len", "9..3"],
+                                  ["hi", "--kv-memory", "lots"]], ids=str)
+def test_wrong_options_exit_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    assert exit.value.code == 2 and "nanoserve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command, known", [
+    ("", ["chat", "generate", "bench"]), ("chat", ["--temperature", "--max-tokens"]),
+    ("generate", ["--file", "--jsonl", "--top-p"]),
+    ("bench", ["--shape", "gpt2", "--compare", "--input-len", "--runs"])])
+def test_help(command, known, capsys):
+    """Names every option; `nanoserve` alone, and `-h`, print the overview."""
+    with contextlib.suppress(SystemExit):
+        assert main([command, "--help"] if command else ["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in known)
+    if not command:
+        assert main([]) == 0 and main(["-h"]) == 0 and capsys.readouterr().out == out * 2
+        with pytest.raises(SystemExit) as exit:
+            main(["some prompt", "--help"])
+        assert exit.value.code == 0 and "--temperature" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text, value", [
+    ("0.8", 0.8), ("500000000", 500_000_000), ("512MiB", 512 << 20), ("2GB", 2_000_000_000), ("2g", 2_000_000_000),
+    ("1.5KiB", 1536), ("1T", 10**12), ("0.5GiB", 1 << 29), ("10B", 10)])
+def test_parse_memory(text, value):
+    assert parse_memory(text) == value and type(parse_memory(text)) is type(value)
+
+
+@pytest.mark.parametrize("text", ["", "lots", "5 apples", "-1", "1.2.3", "GB", "1EB"])
+def test_parse_memory_refuses(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="512MiB"):
+        parse_memory(text)
+
+
+def test_parse_range():
+    assert parse_range("128") == (128, 128) and parse_range("16..256") == (16, 256) and parse_range("1..1") == (1, 1)
+    for text in ("", "0", "5..4", "3-4", "..4", "3..", "x", "-1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="16..256"):
+            parse_range(text)
+
+
+# ---- chat ----
+
+
+def test_chat_keeps_the_conversation_until_new(options, llm, say, capsys):
+    say("hello", "  ", "and you?", "/new", "hello")
+    assert main(["chat", *options, *PLAIN]) == 0
+
+    def answer(*messages):
+        roles = ("user", "assistant")
+        turns = [{"role": roles[i % 2], "content": message} for i, message in enumerate(messages)]
+        return llm.generate([llm.tokenizer.apply_chat_template(turns)], P)[0].text
+
+    first = answer("hello")
+    assert capsys.readouterr().out.split("\n") == [first, answer("hello", first, "and you?"), first, "", ""]
+
+
+def test_chat_ends_with_ctrl_c_at_the_prompt(options, say):
+    say(KeyboardInterrupt())
+    assert main(["chat", *options]) == 130
+
+
+def test_ctrl_c_stops_an_answer_but_not_the_chat(options, say, capsys, monkeypatch):
+    seen, original = [], LLM.stream
+
+    def stream(self, prompt, params):
+        seen.append(self.tokenizer.decode(prompt))
+        for i, piece in enumerate(original(self, prompt, params)):
+            if i == 3 and len(seen) == 1:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(LLM, "stream", stream)
+    say("hello", "again")
+    assert main(["chat", *options, *PLAIN]) == 0
+    cut, full = capsys.readouterr().out.splitlines()[:2]
+    assert cut and cut.strip() in seen[1] and "again" in seen[1] and full  # what was said is part of what follows
+
+
+def test_chat_survives_a_message_that_does_not_fit(options, say, capsys):
+    say("x" * 400, "hello")
+    assert main(["chat", *options, *PLAIN]) == 0
+    out, err = capsys.readouterr()
+    assert "max_model_len=256" in err and len([line for line in out.splitlines() if line]) == 1
+
+
+def test_a_long_chat_forgets_its_beginning(options, say, capsys):
+    """Whatever --max-tokens asks for, the oldest exchanges make room for it: no message is refused."""
+    say(*["hello"] * 12)
+    assert main(["chat", *options, "--temperature", "0", "--max-tokens", "200", "--stop", "a"]) == 0
+    out, err = capsys.readouterr()
+    assert "max_model_len" not in err and len(out.split("\n")) == 12 + 2
+
+
+def test_chat_needs_a_template(folder, tmp_path, say, capsys):
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    (bare / "tokenizer_config.json").unlink()
+    assert main(["chat", "--model", str(bare)]) == 2
+    assert "chat template" in capsys.readouterr().err
+
+
+# ---- generate ----
+
+
+def rows(path: Path) -> dict[int, dict]:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert len({row["index"] for row in lines}) == len(lines)
+    return {row["index"]: row for row in lines}
+
+
+@pytest.fixture
+def files(tmp_path):
+    prompts = ["Once upon", "The fox", "x" * 300, "Grüße, 世界", "a"]
+    (tmp_path / "prompts.txt").write_text("\n\n".join(prompts) + "\n", encoding="utf-8")
+    return prompts, tmp_path / "out.jsonl", ["generate", "--file", str(tmp_path / "prompts.txt"),
+                                             "--jsonl", str(tmp_path / "out.jsonl"), *PLAIN]
+
+
+def test_generate_writes_a_line_for_each_prompt(options, files, llm):
+    prompts, out, argv = files
+    assert main([*argv, *options]) == 0
+    result = rows(out)
+    assert sorted(result) == list(range(5))
+    for index, prompt in enumerate(prompts):
+        assert result[index]["prompt"] == prompt
+        if index == 2:
+            assert "max_model_len=256" in result[index]["error"] and "text" not in result[index]
+            continue
+        expected = llm.generate(prompt, P)[0]
+        assert result[index] == {"index": index, "prompt": prompt, "text": expected.text, "finish_reason": "length",
+                                 "num_tokens": 12}
+
+
+def test_generate_resumes_where_it_was_cut_off(options, files, monkeypatch):
+    """Complete lines stay as they are, a line cut short and missing ones are done; then nothing is left to do."""
+    _, out, argv = files
+    main([*argv, *options])
+    lines, before = out.read_text(encoding="utf-8").splitlines(keepends=True), rows(out)
+    kept = json.loads(lines[1])  # the first one is the refusal
+    kept["text"] = marked = "kept, with\u2028separators\x85 inside"
+    begun = [lines[0], json.dumps(kept, ensure_ascii=False) + "\n", lines[2], lines[3][:20]]
+    out.write_text("".join(begun), encoding="utf-8")
+    asked, original = [], LLM.add_request
+    monkeypatch.setattr(LLM, "add_request", lambda self, prompt, *a: asked.append(prompt) or original(self, prompt, *a))
+    assert main([*argv, *options]) == 0
+    after = rows(out)
+    assert after[kept["index"]]["text"] == marked and len(asked) == 2
+    assert {**after, kept["index"]: before[kept["index"]]} == before
+    content = out.read_text(encoding="utf-8")
+    assert main([*argv, *options]) == 0
+    assert len(asked) == 2 and out.read_text(encoding="utf-8") == content
+
+
+def test_generate_survives_ctrl_c(options, files, monkeypatch):
+    _, out, argv = files
+    original, steps = LLM.step, iter(range(100))
+
+    def step(self):
+        if next(steps) == 5:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(LLM, "step", step)
+    assert main([*argv, *options]) == 130
+    assert rows(out).keys() == {2}  # the refused one; the rest was under way
+    monkeypatch.setattr(LLM, "step", original)
+    assert main([*argv, *options]) == 0 and rows(out).keys() == set(range(5))
+
+
+def test_generate_into_a_folder_that_is_not_there(options, files, capsys, tmp_path):
+    argv = files[2]
+    argv[argv.index("--jsonl") + 1] = str(tmp_path / "nowhere" / "out.jsonl")
+    assert main([*argv, *options]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+# ---- bench ----
+
+
+def test_bench_prints_its_figures(options, capsys, monkeypatch):
+    # Measuring the machine takes half a GB and seconds: not here.
+    monkeypatch.setattr(nanoserve, "measure_roofline", lambda dtype, device: (1e9, 1e9))
+    tiny = ["--requests", "2", "--input-len", "3..5", "--output-len", "2..4", "--runs", "1"]
+    assert main(["bench", *options, *tiny]) == 0
+    out = capsys.readouterr().out
+    work = nanoserve.workload(2, (3, 5), (2, 4), 400, 0)
+    num_in, num_out = sum(len(prompt) for prompt, _ in work), sum(n for _, n in work)
+    assert f"2 requests, {num_in} tokens in, {num_out} out" in out
+    for figure in ("output ", "TTFT ", "ITL ", "p99", "roofline ", "peak memory "):
+        assert figure in out
+
+
+def test_bench_refuses_what_the_model_can_not_hold(options, capsys, monkeypatch):
+    monkeypatch.setattr(nanoserve, "measure_roofline", lambda dtype, device: (1e9, 1e9))
+    assert main(["bench", *options, "--requests", "2", "--input-len", "250", "--output-len", "20"]) == 2
+    assert "max_model_len=256" in capsys.readouterr().err
+
+
+def test_workloads_are_what_they_say():
+    work, again, other = (nanoserve.workload(32, (16, 256), (16, 256), 1000, seed) for seed in (0, 0, 1))
+    assert work == again != other
+    assert (len(work), sum(len(p) for p, _ in work), sum(n for _, n in work)) == (32, 5310, 4259)
+    assert all(16 <= len(p) <= 256 and 16 <= n <= 256 and max(p) < 1000 for p, n in work)
+
+
+# ---- for real ----
+
+
+def test_the_command_itself(options, llm):
+    """Text, and nothing else, on standard output; the log on standard error."""
+    done = subprocess.run([sys.executable, str(ROOT / "nanoserve.py"), "Once", *options, *PLAIN], capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "Once" + llm.generate("Once", P)[0].text + "\n"
+    assert "KV blocks" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error(options):
+    """As in `nanoserve ... | head -c 4`."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "nanoserve.py"), "Once", *options, "--max-tokens", "200",
+                                "--ignore-eos"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(4) == b"Once"
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0
+    assert "Traceback" not in errors and "Exception" not in errors
+
+
+def test_standard_input_that_ends(options, monkeypatch, capsys):
+    """The real `input`, at the end of a file that is no terminal."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    assert main(["chat", *options, *PLAIN]) == 0
+    assert "Ask away" not in capsys.readouterr().err

@@ -1,0 +1,372 @@
+"""Every operation of kernels.py: the PyTorch definition against plain float64 formulas, the C++ body against both.
+
+Memory nobody wrote holds NaN here (fresh tensors as well as the cache's unwritten slots), so whatever reads or returns
+it shows. Where there is no C++ compiler the tests of the C++ bodies are skipped, visibly.
+"""
+
+import random
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+
+torch.set_num_threads(1)
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+# Largest error against float64 on the same inputs: rounding of the sums, and for bf16 of the result (8 bits).
+TOLERANCE = {F64: {"rtol": 1e-11, "atol": 1e-12}, F32: {"rtol": 2e-5, "atol": 2e-5}, BF16: {"rtol": 1e-2, "atol": 1e-2}}
+BODIES = [("torch", F64), ("torch", F32), ("torch", BF16), ("cpp", F32), ("cpp", BF16)]
+every_body = pytest.mark.parametrize("body", BODIES, ids=lambda b: f"{b[0]}-{str(b[1])[6:]}", indirect=True)
+
+
+@pytest.fixture
+def body(request, monkeypatch):
+    """Run with the PyTorch or the C++ bodies; the value is the dtype."""
+    which, dtype = request.param
+    monkeypatch.setattr(kernels, "use_cpp", which == "cpp")
+    if which == "cpp" and kernels.cpp_library(dtype) is None:
+        pytest.skip("no C++ compiler here")
+    return dtype
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """torch.empty and its like return NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def randn(seed, *shape, dtype=F64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+
+
+def close(actual, expected, **more):
+    """`actual`, in its own dtype, is what float64 says."""
+    assert not actual.isnan().any()
+    torch.testing.assert_close(actual.double(), expected, **{**TOLERANCE[actual.dtype], **more})
+
+
+# ---- attention ----
+
+
+class Ragged:
+    """A random ragged batch over a shuffled paged cache whose unwritten slots are NaN."""
+
+    def __init__(self, seed, dtype, lengths, news, heads, kv_heads, D, block_size, window=0):
+        rng = random.Random(seed)
+        self.lengths, self.news, self.window, self.scale = lengths, news, window, D**-0.5
+        needed = [-(-n // block_size) for n in lengths]
+        order = rng.sample(range(1, sum(needed) + 3), sum(needed))
+        tables = torch.zeros(len(lengths), max(needed) + 2, dtype=torch.int32)  # padding points at scratch, all NaN
+        self.k, self.v = (torch.full((sum(needed) + 3, block_size, kv_heads, D), torch.nan, dtype=dtype) for _ in "kv")
+        self.keys, self.values = [], []
+        for b, (length, n) in enumerate(zip(lengths, needed)):
+            tables[b, :n] = torch.tensor([order.pop() for _ in range(n)])
+            slots = [tables[b, i // block_size] * block_size + i % block_size for i in range(length)]
+            for cache, kept in ((self.k, self.keys), (self.v, self.values)):
+                x = randn(seed * 1000 + 2 * b + (cache is self.v), length, kv_heads, D, dtype=dtype)
+                cache.view(-1, kv_heads, D)[torch.stack(slots).long()] = x
+                kept.append(x.double())
+        # q as a view of a wider tensor, as `rope_and_write_kv` returns it
+        self.q = randn(seed + 7, sum(news), heads + 2 * kv_heads, D, dtype=dtype)[:, :heads] * 2
+        self.q = torch.cat([self.q, self.q[:, :1] * torch.nan], dim=1)[:, :heads]
+        self.tables, self.context_lens = tables, torch.tensor(lengths, dtype=torch.int32)
+        self.query_start = torch.tensor([sum(news[:b]) for b in range(len(news) + 1)], dtype=torch.int32)
+
+    def run(self):
+        return kernels.paged_attention(self.q, self.k, self.v, self.tables, self.context_lens, self.query_start,
+                                       self.scale, self.window)
+
+    def expected(self):
+        """One query and one head at a time, in float64."""
+        rows = []
+        for b, (length, new) in enumerate(zip(self.lengths, self.news)):
+            for i in range(new):
+                p, q = length - new + i, self.q[self.query_start[b] + i].double()
+                seen = slice(max(0, p - self.window + 1) if self.window else 0, p + 1)
+                k, v = self.keys[b][seen], self.values[b][seen]
+                group = q.shape[0] // k.shape[1]
+                rows.append(torch.stack([(k[:, h // group] @ q[h] * self.scale).softmax(0) @ v[:, h // group]
+                                         for h in range(q.shape[0])]))
+        return torch.stack(rows)
+
+
+@every_body
+@pytest.mark.parametrize("case", range(24))
+def test_attention_of_ragged_batches(body, case):
+    """All head sizes, group sizes, block sizes and windows, in combinations that `case` cycles through."""
+    rng = random.Random(case)
+    D, group = (16, 24, 32, 64, 80, 96, 128, 256)[case % 8], (1, 2, 4, 7, 8)[case % 5]
+    block_size, window = (1, 4, 16, 32)[case // 2 % 4], (0, 1, 5, 40)[case // 3 % 4]
+    lengths = [1, block_size, 3 * block_size, rng.randint(2, 30), rng.randint(40, 90)]
+    rng.shuffle(lengths)
+    news = [rng.choice((1, n, rng.randint(1, n))) for n in lengths]
+    batch = Ragged(case, body, lengths, news, group * (1 + case % 2), 1 + case % 2, D, block_size, window)
+    close(batch.run(), batch.expected())
+
+
+@every_body
+def test_attention_over_many_tiles_of_one_long_prompt(body):
+    batch = Ragged(1, body, [150, 131], [150, 1], 4, 1, 32, 16)
+    close(batch.run(), batch.expected())
+
+
+@every_body
+def test_attention_survives_large_scores(body):
+    """Scores in the hundreds: without subtracting the maximum exp overflows."""
+    batch = Ragged(2, body, [70, 33], [3, 33], 2, 2, 32, 16)
+    batch.scale = 40.0
+    if body is BF16:  # scores of that size have no bits left for a comparison
+        assert batch.run().isfinite().all()
+    else:
+        close(batch.run(), batch.expected(), rtol=2e-3, atol=2e-3)
+
+
+@every_body
+def test_a_nan_request_does_not_touch_its_neighbours(body):
+    batch = Ragged(3, body, [9, 40, 21, 5], [1, 12, 1, 5], 4, 2, 32, 4)
+    expected, start = batch.expected(), batch.query_start
+    batch.k.view(-1, 2, 32)[batch.tables[1, 0] * 4] = torch.nan
+    batch.q[start[3]:] = torch.nan
+    out = batch.run()
+    assert out[start[1] : start[2]].isnan().all() and out[start[3] :].isnan().all()
+    for b in (0, 2):
+        close(out[start[b] : start[b + 1]], expected[start[b] : start[b + 1]])
+
+
+# ---- norms, activations, positions ----
+
+
+@every_body
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("bias", [False, True], ids=["rms", "layer"])
+@pytest.mark.parametrize("shape", [(1, 16), (3, 33), (70, 512)], ids=str)
+def test_add_norm(body, shape, bias, delta):
+    x, d = randn(1, *shape, dtype=body) * 3 + 1, randn(2, *shape, dtype=body) if delta else None
+    weight, b = randn(3, shape[1], dtype=body), randn(4, shape[1], dtype=body) if bias else None
+    before = x.clone()
+    out, total = kernels.add_norm(x, d, weight, b, 1e-3)
+    assert torch.equal(total, x + d if delta else x) and torch.equal(x, before)
+    wide = total.double()
+    expected = (F.layer_norm(wide, shape[1:], weight.double(), b.double(), 1e-3) if bias else
+                F.rms_norm(wide, shape[1:], weight.double(), 1e-3))
+    close(out, expected)
+
+
+@every_body
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (70, 512)], ids=str)
+def test_silu_mul(body, shape):
+    gates, values = randn(1, *shape, dtype=body) * 4, randn(2, *shape, dtype=body)
+    gates[0, 0] = -300.0  # exp overflows, the result is just 0
+    out = kernels.silu_mul(torch.cat([gates, values], dim=1))
+    # F.silu rounds to bf16 before the product, the C++ body after it: within one bit of each other
+    close(out, gates.double() / (1 + (-gates.double()).exp()) * values.double(),
+          **({"rtol": 2e-2} if body is BF16 else {}))
+
+
+@every_body
+@pytest.mark.parametrize("norm", [False, True], ids=["", "normed"])
+@pytest.mark.parametrize("rotary", [False, True], ids=["", "rotary"])
+@pytest.mark.parametrize("D", [16, 24, 128])
+def test_rope_and_write_kv(body, D, rotary, norm):
+    """q, k and v end up where they belong, and nothing else in the cache changes."""
+    T, heads, kv_heads, block_size = 37, 6, 2, 4
+    qkv = randn(1, T, (heads + 2 * kv_heads) * D, dtype=body)
+    q, k, v = qkv.clone().double().view(T, -1, D).split([heads, kv_heads, kv_heads], dim=1)
+    positions = torch.randperm(50, generator=torch.Generator().manual_seed(1))[:T]
+    slots = torch.randperm(20 * block_size, generator=torch.Generator().manual_seed(2))[:T]
+    q_norm, k_norm = (randn(3, D, dtype=body), randn(4, D, dtype=body)) if norm else (None, None)
+    table = kernels.rope_table({"rope_theta": 100.0}, D, 50, "cpu") if rotary else None
+    caches = [torch.full((20, block_size, kv_heads, D), torch.nan, dtype=body) for _ in "kv"]
+    q_out = kernels.rope_and_write_kv(qkv, heads, positions, slots, table, q_norm, k_norm, 1e-6, *caches)
+
+    if norm:
+        q, k = (F.rms_norm(x, (D,), w.double(), 1e-6) for x, w in ((q, q_norm), (k, k_norm)))
+    if rotary:
+        # As complex numbers: dimension d is the real part, d + D/2 the imaginary one.
+        angles = positions[:, None].double() * 100.0 ** (-torch.arange(0, D, 2).double() / D)
+        turn = torch.polar(torch.ones_like(angles), angles)[:, None]
+        q, k = (torch.view_as_real(torch.complex(*x.contiguous().chunk(2, dim=-1)) * turn).movedim(-1, -2).flatten(-2)
+                for x in (q, k))
+    loose = {"atol": 5e-5 if body is not BF16 else 3e-2}  # the table's angles are float32
+    close(q_out, q, **loose)
+    for cache, expected in zip(caches, (k, v)):
+        flat = cache.view(-1, kv_heads, D)
+        close(flat[slots], expected, **loose)
+        others = torch.ones(len(flat), dtype=torch.bool)
+        others[slots] = False
+        assert flat[others].isnan().all()
+
+
+def test_bf16_is_rounded_to_nearest_even():
+    """x + delta in bf16 lies halfway between two neighbours time and again; NaN and infinity stay what they are."""
+    if kernels.cpp_library(BF16) is None:
+        pytest.skip("no C++ compiler here")
+    bits = torch.randint(-(2**15), 2**15, (2, 64, 512), generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    # equal signs and nearby exponents: sums need one bit more than there is
+    nearby = torch.randint(-300, 300, (32, 512), generator=torch.Generator().manual_seed(1))
+    bits[1, 32:] = bits[0, 32:] + nearby.short()
+    x, delta = bits.view(BF16)
+    exact = x.float() + delta.float()
+    ties = (exact.contiguous().view(torch.int32) & 0xFFFF) == 0x8000
+    assert ties.sum() > 1000 and exact.isnan().any() and exact.isinf().any()
+    _, total = kernels.add_norm(x, delta, torch.ones(512, dtype=BF16), None, 1e-6)
+    expected = exact.to(BF16)
+    assert torch.equal(total.isnan(), expected.isnan())
+    assert torch.equal(total.nan_to_num(7).view(torch.int16), expected.nan_to_num(7).view(torch.int16))
+
+
+def test_float64_and_float16_take_the_pytorch_path():
+    assert kernels.cpp_bodies(torch.zeros(1, dtype=F64)) is None
+    assert kernels.cpp_bodies(torch.zeros(1, dtype=torch.float16)) is None
+    assert kernels.cpp_bodies(torch.zeros(1), torch.zeros(1, dtype=BF16)) is None  # a cache of another dtype
+    x = randn(1, 2, 8, dtype=torch.float16)
+    out, _ = kernels.add_norm(x, None, torch.ones(8, dtype=torch.float16), None, 1e-6)
+    torch.testing.assert_close(out.float(), F.rms_norm(x.float(), (8,), eps=1e-6), rtol=1e-2, atol=1e-2)
+
+
+def test_threads_do_not_change_results():
+    """Work is split by rows and requests, never inside a sum: bit for bit the same on one thread and on two."""
+    def everything():
+        x = randn(1, 90, 512, dtype=F32)
+        qkv, caches = randn(2, 90, 8 * 64, dtype=F32), [torch.zeros(30, 4, 2, 64) for _ in "kv"]
+        table = kernels.rope_table({"rope_theta": 100.0}, 64, 90, "cpu")
+        attended = Ragged(5, F32, [130, 7, 64], [130, 1, 20], 4, 2, 32, 16).run()
+        q = kernels.rope_and_write_kv(qkv, 4, torch.arange(90), torch.arange(90), table, None, None, 1e-6, *caches)
+        return *kernels.add_norm(x, x * 2, x[0], x[1], 1e-6), kernels.silu_mul(x), q, *caches, attended
+
+    one = everything()
+    torch.set_num_threads(2)
+    try:
+        two = everything()
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+# ---- matrix products ----
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 7, 33, 70])
+@pytest.mark.parametrize("size", [(1, 1), (33, 7), (64, 128)], ids=str)
+def test_linear_of_packed_and_plain_weights(dtype, rows, size):
+    x, weight = randn(1, rows, size[0], dtype=dtype), randn(2, size[1], size[0], dtype=dtype)
+    bias = randn(3, size[1], dtype=dtype)
+    product = x.double() @ weight.double().T
+    tolerance = {"rtol": 2e-2, "atol": 0.1} if dtype is BF16 else {"rtol": 1e-5, "atol": 1e-4}
+    for w in (weight, kernels.pack_weight(weight)):
+        for b in (None, bias):
+            for gelu in (False, True):
+                y = product if b is None else product + b.double()
+                y = F.gelu(y, approximate="tanh") if gelu else y
+                close(kernels.linear(x, w, b, gelu), y, **tolerance)
+
+
+def test_what_can_not_be_packed_is_left_alone():
+    weight = randn(1, 4, 4)
+    assert kernels.pack_weight(weight) is weight
+    half = weight.half()
+    assert kernels.pack_weight(half) is half
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+def test_mixture_of_experts(dtype):
+    """Against every token on its own. Expert 4 is chosen by nobody, and its weights are NaN."""
+    T, H, inner, E, K = 19, 16, 24, 6, 2
+    x = randn(1, T, H, dtype=dtype)
+    gate_up = [randn(10 + e, 2 * inner, H, dtype=dtype) * (torch.nan if e == 4 else 1) for e in range(E)]
+    down = [randn(20 + e, H, inner, dtype=dtype) for e in range(E)]
+    scores = randn(2, T, E)
+    scores[:, 4] = -torch.inf
+    weights, experts = scores.softmax(-1).topk(K, dim=-1)
+    expected = torch.zeros(T, H, dtype=F64)
+    for t in range(T):
+        for e, w in zip(experts[t].tolist(), weights[t]):
+            gate, up = (gate_up[e].double() @ x[t].double()).chunk(2)
+            expected[t] += w * (down[e].double() @ (F.silu(gate) * up))
+    out = kernels.mixture_of_experts(x, experts, weights.to(F32), gate_up, down)
+    assert out.dtype == dtype
+    loose = 0.05 if dtype is BF16 else 1e-5
+    close(out, expected, rtol=loose, atol=loose * float(expected.abs().max()))
+
+
+# ---- building the C++ ----
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """As in a new process: nothing built, an empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernels.cpp_library.cache_clear()
+    yield tmp_path
+    kernels.cpp_library.cache_clear()
+
+
+def silu(x):
+    gate, up = x.double().chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def test_a_failing_compiler_warns_once_and_pytorch_runs(monkeypatch, fresh):
+    cxx = fresh / "cxx"
+    cxx.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
+    cxx.chmod(0o755)
+    monkeypatch.setenv("CXX", str(cxx))
+    x = randn(1, 3, 32, dtype=F32)
+    with pytest.warns(UserWarning, match="this compiler is broken") as caught:
+        close(kernels.silu_mul(x), silu(x))
+        close(kernels.silu_mul(x), silu(x))
+    assert len(caught) == 1
+    assert not list(fresh.glob("**/*.so"))
+
+
+def test_a_compiler_that_is_not_there_warns_too(monkeypatch, fresh):
+    monkeypatch.setenv("CXX", str(fresh / "no such compiler"))
+    with pytest.warns(UserWarning, match="no such compiler"):
+        assert kernels.cpp_library(F32) is None
+
+
+def test_without_a_compiler_pytorch_runs_silently(monkeypatch, fresh):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    x = randn(1, 3, 32, dtype=F32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels.cpp_library(F32) is None
+        close(kernels.silu_mul(x), silu(x))
+
+
+def test_what_was_built_is_kept(monkeypatch, fresh):
+    """Built into XDG_CACHE_HOME once per element type, compiler and source, in one move."""
+    builds = []
+
+    def fake(command, **options):
+        builds.append(command)
+        path = command[command.index("-o") + 1]
+        with open(path, "w") as file:
+            file.write("code")
+
+    monkeypatch.setattr(kernels.subprocess, "run", fake)
+    first = kernels._build("c++", "float")
+    assert first.parent == fresh / "nanoserve" and first.read_text() == "code"
+    assert kernels._build("c++", "float") == first and len(builds) == 1
+    assert "-DT=float" in builds[0]
+    others = {kernels._build("c++", "bf16"), kernels._build("clang++", "float")}
+    monkeypatch.setattr(kernels, "CPU_SOURCE", kernels.CPU_SOURCE + "// changed")
+    others.add(kernels._build("c++", "float"))
+    assert len(others | {first}) == 4 and len(builds) == 4
+    assert sorted(p.name for p in first.parent.iterdir()) == sorted(p.name for p in others | {first})
+
+
+def test_a_damaged_build_is_not_fatal(monkeypatch, fresh):
+    """A library in the cache folder that can not be loaded costs a warning, not the run."""
+    monkeypatch.setattr(kernels, "_build", lambda *args: fresh / "broken.so")
+    (fresh / "broken.so").write_text("not a library")
+    monkeypatch.setenv("CXX", "c++")
+    with pytest.warns(UserWarning, match="broken.so"):
+        assert kernels.cpp_library(F32) is None
