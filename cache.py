@@ -124,7 +124,7 @@ class BlockPool:
 
         At least one token is always left over: without computing it there would be no logits to sample from.
         `root` is whatever else changes keys and values: an adapter, a tenant's salt. Equal prompts under unequal
-        roots share nothing.
+        roots share nothing. Survey A III.A · B 3.2.3 · C KV Cache Optimization: Reuse Strategies.
         """
         blocks, parent = [], ("root", root)
         if not self.prefix_caching:

@@ -241,7 +241,10 @@ class Layer:
 
 
 class GPT:
-    """A decoder-only transformer over the paged cache. Weights are plain attributes, filled by `load` or `randomize`."""
+    """A decoder-only transformer over the paged cache. Weights are plain attributes, filled by `load` or `randomize`.
+
+    Survey A II.A · B 2.1, 3.1.2 · C Background. (arXiv:1706.03762)
+    """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, max_len: int | None = None):
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
@@ -928,7 +931,10 @@ class LLM:
     # ---- the step ----
 
     def step(self) -> list[Request]:
-        """Bring every scheduled request forward, and return those that got a token or ended."""
+        """Bring every scheduled request forward, and return those that got a token or ended.
+
+        Survey A II.B, IV.A · B 2.3, 3.2.4 · C Request Scheduling: Intra-Request Scheduling.
+        """
         plan = self.scheduler.schedule()
         if not plan:
             return []
@@ -953,20 +959,17 @@ class LLM:
         width = max(len(request.block_table) for request, _ in plan)
         tables = np.full((len(plan), width), SCRATCH, dtype=np.int32)
         tokens: list[int] = []
-        rows: list[int] = []
-        samplers: list[tuple[Request, int]] = []
-        prompt_rows: list[tuple[Request, int]] = []
+        sampled: list[tuple[int, tuple[Request, int]]] = []  # (row of the batch, whose it is)
+        prompted: list[tuple[int, tuple[Request, int]]] = []
         for i, (request, n) in enumerate(plan):
-            start, end = request.num_computed, request.num_computed + n
+            start, end, row = request.num_computed, request.num_computed + n, query_start[i]
             tokens += request.tokens[start:end]
             tables[i, : len(request.block_table)] = request.block_table
             if end == len(request.tokens):
-                rows += [query_start[i + 1] - 1] * request.width
-                samplers += [(request, request.sample_index + k) for k in range(request.width)]
+                sampled += [(row + n - 1, (request, request.sample_index + k)) for k in range(request.width)]
             if not request.reuse_prefix and request.num_output == 0:
-                prompt_rows += [(request, p) for p in range(start, min(end, request.num_prompt - 1))]
-        first_row = {request: query_start[i] - request.num_computed for i, (request, _) in enumerate(plan)}
-        rows += [first_row[request] + position for request, position in prompt_rows]
+                prompted += [(row + p - start, (request, p)) for p in range(start, min(end, request.num_prompt - 1))]
+        rows = [row for row, _ in sampled + prompted]
         owner = np.repeat(np.arange(len(plan)), counts)
         positions = np.arange(len(tokens)) - (query_start[:-1] - computed)[owner]
         size = self.pool.block_size
@@ -977,7 +980,7 @@ class LLM:
 
         batch = Batch(put(tokens, np.int64), put(positions, np.int64), put(slots, np.int64), put(tables, np.int32),
                       put(computed + counts, np.int32), put(query_start, np.int32), put(rows, np.int64))
-        return batch, samplers, prompt_rows
+        return batch, [whose for _, whose in sampled], [whose for _, whose in prompted]
 
     def sample(self, samplers: list[tuple[Request, int]], logits: torch.Tensor
                ) -> tuple[list[int], list[bool], list[dict | None]]:

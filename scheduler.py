@@ -89,7 +89,7 @@ class Request:
 
 
 # A policy is a key function over requests: the smallest key is admitted first and preempted last. The key is taken once,
-# when a request arrives; ties go to whoever came first.
+# when a request arrives; ties go to whoever came first. C Request Scheduling: Inter-Request Scheduling.
 POLICIES: dict[str, Callable[[Request], object]] = {
     "fcfs": lambda request: 0,
     "priority": lambda request: request.priority,
@@ -153,6 +153,8 @@ class Scheduler:
         Running requests go first, those closest to catching up before the others: with the budget at least as large
         as the running limit, a long prompt can never make another request wait for its next token. What is left of the
         budget admits waiting requests in order of urgency.
+
+        Survey A IV.A · B 3.2.4 · C Request Scheduling: Intra-Request Scheduling.
         """
         plan: dict[Request, int] = {}
         budget, preempted = self.max_batch_tokens, False

@@ -1,0 +1,63 @@
+"""The README's promises: its Python runs, its commands parse, its figures about the code are about right."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import nanoserve
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ALLOWED = {"README.md", "pyproject.toml", "LICENSE", ".gitignore", ".ci", "tests", "tutorial",
+           "kernels.py", "cache.py", "scheduler.py", "nanoserve.py"}
+
+
+def blocks(language):
+    """The README's code blocks in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_in_the_readme_runs(capsys):
+    (code,) = blocks("python")
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "'output_tokens'" in printed and len(printed) > 200
+
+
+@pytest.mark.parametrize("line", [line.split(" #")[0] for block in blocks("bash") for line in block.splitlines()
+                                  if "nanoserve.py" in line])
+def test_the_commands_in_the_readme_parse(line):
+    import shlex
+
+    words = shlex.split(line[line.index("nanoserve.py"):])[1:]
+    command = words[0] if words[0] in ("chat", "generate", "bench") else "complete"
+    nanoserve.parser_for(command).parse_args(words[command != "complete":])
+
+
+def test_the_map_of_the_modules_has_their_sizes():
+    sizes = {name: int(lines.replace(",", "")) for name, lines in re.findall(r"\]\((\w+\.py)\) \| ([\d,]+) \|", README)}
+    assert set(sizes) == {"kernels.py", "cache.py", "scheduler.py", "nanoserve.py"}
+    for name, lines in sizes.items():
+        assert lines == pytest.approx(len((ROOT / name).read_text().splitlines()), rel=0.05), f"{name}: update the README"
+
+
+def test_nothing_else_lies_at_the_top():
+    import subprocess
+
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    assert {name.split("/")[0] for name in listed.stdout.split()} <= ALLOWED
+
+
+def test_imports_point_one_way():
+    """kernels and cache know nobody, scheduler at most the torch-free cache, nanoserve all."""
+    own = {"kernels", "cache", "scheduler", "nanoserve"}
+    allowed = {"kernels": set(), "cache": set(), "scheduler": {"cache"}, "nanoserve": {"kernels", "cache", "scheduler"}}
+    for name, may in allowed.items():
+        imported = set(re.findall(r"^\s*(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text(), re.MULTILINE))
+        assert imported & own <= may, name
+        if name in ("cache", "scheduler"):  # usable where there is no torch
+            top = set(re.findall(r"^(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text(), re.MULTILINE))
+            assert "torch" not in top
