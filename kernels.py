@@ -412,6 +412,9 @@ CPU_SOURCE = r"""
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -438,6 +441,10 @@ static inline void put(bf16* p, float x) {  // round to nearest, ties to even; N
 }
 static inline vec load(const float* p) { vec v; memcpy(&v, p, sizeof v); return v; }
 static inline vec load(const bf16* p) {
+#ifdef __AVX512F__  // what follows, in the two instructions that it could be
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return (vec)_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+#endif
     half_vec h; memcpy(&h, p, sizeof h);
     vecu u = __builtin_convertvector(h, vecu) << 16;
     vec v; memcpy(&v, &u, sizeof v);
@@ -567,19 +574,18 @@ extern "C" void rope_and_write_kv(T* qkv, const int64_t* positions, const int64_
     }
 }
 
-// ---- Attention over the paged cache. A tile is some queries of one request and one key/value head. Its rows are (query,
-// grouped head) pairs, which all read the same keys: each K and V is fetched once for all of them. Online softmax
-// (arXiv:1805.02867): m is the largest score so far, l the sum of exp(score - m), acc the values weighted likewise; a
-// larger score rescales both.
-constexpr int KEYS = 32;  // keys that one step of the loop looks at
-constexpr int ROWS = 64;  // rows of a tile, at most, unless one query alone has more
-constexpr int FEW = 8;    // from this many rows on, transposing the keys pays
+// ---- Attention over the paged cache. The rows of a task are (query, head) pairs. Online softmax (arXiv:1805.02867): m is
+// the largest score of a row so far, l the sum of exp(score - m), acc the values weighted likewise; a larger score
+// rescales both. KEYS positions are looked at in one go.
+constexpr int KEYS = 32;
+constexpr int ROWS = 64;  // rows of one task, at most, unless a single query has more heads
+constexpr int FEW = 8;    // rows that share a key/value head, from which on arithmetic and not memory is the limit
 
-struct Tile {
+struct Rows {
     int64_t D, Dp, rows = 0;  // Dp: D rounded up to whole vectors
-    std::vector<float> q, kt, v, s, acc, m, l;
-    Tile(int64_t D, int64_t most) : D(D), Dp((D + W - 1) / W * W), q((most + 3) * Dp), kt(Dp * KEYS), v(KEYS * Dp),
-        s((most + 3) * KEYS), acc((most + 3) * Dp), m(most + 3), l(most + 3) {}
+    std::vector<float> q, s, acc, m, l;
+    Rows(int64_t D, int64_t most) : D(D), Dp((D + W - 1) / W * W), q((most + 3) * Dp), s((most + 3) * KEYS),
+        acc((most + 3) * Dp), m(most + 3), l(most + 3) {}
 
     void start(int64_t rows_) {
         rows = rows_;
@@ -587,32 +593,10 @@ struct Tile {
         std::fill(m.begin(), m.end(), -1e30f);
         std::fill(l.begin(), l.end(), 0.f);
     }
-    // s[r][j] = q[r] . k[j], few rows: one dot product each
-    void scores_few(const T* const* k, int n) {
-        for (int j = 0; j < n; j++)
-            for (int64_t r = 0; r < rows; r++) {
-                vec a = {};
-                int64_t d = 0;
-                for (; d + W <= D; d += W) a += load(&q[r * Dp + d]) * load(k[j] + d);
-                float x = sum(a);
-                for (; d < D; d++) x += q[r * Dp + d] * to_float(k[j][d]);
-                s[r * KEYS + j] = x;
-            }
+    void set_query(int64_t r, const T* from, float scale) {
+        for (int64_t d = 0; d < D; d++) q[r * Dp + d] = to_float(from[d]) * scale;
     }
-    // many rows: keys as columns, then four rows by 32 keys of accumulators stay in registers
-    void scores_many(const T* const* k, int n) {
-        for (int j = 0; j < KEYS; j++)
-            for (int64_t d = 0; d < D; d++) kt[d * KEYS + j] = j < n ? to_float(k[j][d]) : 0.f;
-        for (int64_t r = 0; r < rows; r += 4) {
-            vec a[4][2] = {};
-            for (int64_t d = 0; d < D; d++) {
-                vec k0 = load(&kt[d * KEYS]), k1 = load(&kt[d * KEYS + W]);
-                for (int i = 0; i < 4; i++) { float x = q[(r + i) * Dp + d]; a[i][0] += x * k0; a[i][1] += x * k1; }
-            }
-            for (int i = 0; i < 4; i++) { store(&s[(r + i) * KEYS], a[i][0]); store(&s[(r + i) * KEYS + W], a[i][1]); }
-        }
-    }
-    // s becomes exp(s - m), 0 where not visible; the visible keys of row r are first .. last-1 of these
+    // s becomes exp(s - m), 0 where not visible; row r sees the keys first .. last-1 of these
     void softmax(int64_t r, int first, int last) {
         float* __restrict p = &s[r * KEYS];
         float top = m[r], total = 0;
@@ -635,119 +619,138 @@ struct Tile {
         l[r] += total;
         m[r] = top;
     }
-    // acc[r] += sum of s[r][j] v[j], few rows: four vectors of a row at a time
-    void values_few(const T* const* val, int n) {
-        for (int64_t r = 0; r < rows; r++) {
-            const float* p = &s[r * KEYS];
-            float* a = &acc[r * Dp];
-            int64_t d = 0;
-            for (; d + 4 * W <= D; d += 4 * W) {
-                vec a0 = load(a + d), a1 = load(a + d + W), a2 = load(a + d + 2 * W), a3 = load(a + d + 3 * W);
-                for (int j = 0; j < n; j++) {
-                    const T* x = val[j] + d;
-                    a0 += p[j] * load(x);         a1 += p[j] * load(x + W);
-                    a2 += p[j] * load(x + 2 * W); a3 += p[j] * load(x + 3 * W);
-                }
-                store(a + d, a0); store(a + d + W, a1); store(a + d + 2 * W, a2); store(a + d + 3 * W, a3);
-            }
-            for (; d + W <= D; d += W) {
-                vec a0 = load(a + d);
-                for (int j = 0; j < n; j++) a0 += p[j] * load(val[j] + d);
-                store(a + d, a0);
-            }
-            for (; d < D; d++)
-                for (int j = 0; j < n; j++) a[d] += p[j] * to_float(val[j][d]);
-        }
-    }
-    // many rows: the values as floats once, then four rows by two vectors of accumulators
-    void values_many(const T* const* val, int n) {
-        for (int j = 0; j < n; j++)
-            for (int64_t d = 0; d < D; d++) v[j * Dp + d] = to_float(val[j][d]);
-        for (int64_t r = 0; r < rows; r += 4)
-            for (int64_t d = 0; d < Dp; d += W) {
-                vec a[4];
-                for (int i = 0; i < 4; i++) a[i] = load(&acc[(r + i) * Dp + d]);
-                for (int j = 0; j < n; j++) {
-                    vec x = load(&v[j * Dp + d]);
-                    for (int i = 0; i < 4; i++) a[i] += s[(r + i) * KEYS + j] * x;
-                }
-                for (int i = 0; i < 4; i++) store(&acc[(r + i) * Dp + d], a[i]);
-            }
+    void finish(int64_t r, T* to) {
+        for (int64_t d = 0; d < D; d++) put(&to[d], acc[r * Dp + d] / l[r]);
     }
 };
+
+// Few rows (decoding): memory is the limit, so read it in the order in which it lies. The heads of a token are neighbours;
+// take all of them, token by token. Row h * group + r belongs to the h-th head. FIXED: D if known when compiling, else 0.
+template <int FIXED>
+static void scores_few(Rows& t, const T* const* k, const T* const* ahead, int64_t heads, int64_t group) {
+    const int64_t D = FIXED ? FIXED : t.D, Dp = FIXED ? FIXED : t.Dp;
+    for (int j = 0; j < KEYS; j++) {
+        for (int64_t d = 0; d < heads * D; d += 64 / sizeof(T)) __builtin_prefetch(ahead[j] + d, 0, 2);
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t r = h * group; r < (h + 1) * group; r++) {
+                const T* key = k[j] + h * D;
+                const float* query = &t.q[r * Dp];
+                vec a = {};
+                int64_t d = 0;
+                for (; d + W <= D; d += W) a += load(query + d) * load(key + d);
+                float x = sum(a);
+                for (; d < D; d++) x += query[d] * to_float(key[d]);
+                t.s[r * KEYS + j] = x;
+            }
+    }
+}
+template <int FIXED>
+static void values_few(Rows& t, const T* const* v, const T* const* ahead, int64_t heads, int64_t group) {
+    const int64_t D = FIXED ? FIXED : t.D, Dp = FIXED ? FIXED : t.Dp;
+    for (int j = 0; j < KEYS; j += 4) {
+        for (int i = 0; i < 4; i++)
+            for (int64_t d = 0; d < heads * D; d += 64 / sizeof(T)) __builtin_prefetch(ahead[j + i] + d, 0, 2);
+        for (int64_t h = 0; h < heads; h++) {
+            const T *v0 = v[j] + h * D, *v1 = v[j + 1] + h * D, *v2 = v[j + 2] + h * D, *v3 = v[j + 3] + h * D;
+            for (int64_t r = h * group; r < (h + 1) * group; r++) {
+                const float* p = &t.s[r * KEYS + j];
+                float* acc = &t.acc[r * Dp];
+                int64_t d = 0;
+                for (; d + W <= D; d += W)
+                    store(acc + d, load(acc + d) + (p[0] * load(v0 + d) + p[1] * load(v1 + d))
+                                                 + (p[2] * load(v2 + d) + p[3] * load(v3 + d)));
+                for (; d < D; d++)
+                    acc[d] += p[0] * to_float(v0[d]) + p[1] * to_float(v1[d])
+                            + p[2] * to_float(v2[d]) + p[3] * to_float(v3[d]);
+            }
+        }
+    }
+}
+
+// Many rows of one head (prefill): arithmetic is the limit. Keys are turned into columns, so that four rows by 32 keys of
+// accumulators stay in registers; likewise four rows of values.
+static void scores_many(Rows& t, const T* const* k, float* kt) {
+    for (int j = 0; j < KEYS; j++)
+        for (int64_t d = 0; d < t.D; d++) kt[d * KEYS + j] = to_float(k[j][d]);
+    for (int64_t r = 0; r < t.rows; r += 4) {
+        vec a[4][2] = {};
+        for (int64_t d = 0; d < t.D; d++) {
+            vec k0 = load(&kt[d * KEYS]), k1 = load(&kt[d * KEYS + W]);
+            for (int i = 0; i < 4; i++) { float x = t.q[(r + i) * t.Dp + d]; a[i][0] += x * k0; a[i][1] += x * k1; }
+        }
+        for (int i = 0; i < 4; i++) { store(&t.s[(r + i) * KEYS], a[i][0]); store(&t.s[(r + i) * KEYS + W], a[i][1]); }
+    }
+}
+static void values_many(Rows& t, const T* const* v, float* wide) {
+    for (int j = 0; j < KEYS; j++)
+        for (int64_t d = 0; d < t.D; d++) wide[j * t.Dp + d] = to_float(v[j][d]);
+    for (int64_t r = 0; r < t.rows; r += 4)
+        for (int64_t d = 0; d < t.Dp; d += W) {
+            vec a[4];
+            for (int i = 0; i < 4; i++) a[i] = load(&t.acc[(r + i) * t.Dp + d]);
+            for (int j = 0; j < KEYS; j++) {
+                vec x = load(&wide[j * t.Dp + d]);
+                for (int i = 0; i < 4; i++) a[i] += t.s[(r + i) * KEYS + j] * x;
+            }
+            for (int i = 0; i < 4; i++) store(&t.acc[(r + i) * t.Dp + d], a[i]);
+        }
+}
 
 extern "C" void paged_attention(const T* q, const T* k_cache, const T* v_cache, const int32_t* block_tables,
                                 const int32_t* context_lens, const int32_t* query_start, T* out, int64_t B, int64_t M,
                                 int64_t block_size, int64_t heads, int64_t kv_heads, int64_t D, int64_t q_stride,
                                 int64_t window, float scale) {
-    int64_t group = heads / kv_heads, tile = std::max<int64_t>(1, ROWS / group);
-    // With few rows a task takes all heads, since a token's heads lie side by side in memory; fewer if threads would idle.
+    int64_t group = heads / kv_heads, most = std::max<int64_t>(1, ROWS / group);  // queries of a task
+    // A task with few rows takes all heads of its request, or as many as leave every thread something to do.
     int64_t together = std::clamp<int64_t>(B * kv_heads / (4 * omp_get_max_threads()), 1, kv_heads);
-    struct Task { int64_t b, h0, h1, first, last; };  // queries first .. last-1 of request b, heads h0 .. h1-1
+    auto scores = D == 64 ? scores_few<64> : D == 128 ? scores_few<128> : scores_few<0>;
+    auto values = D == 64 ? values_few<64> : D == 128 ? values_few<128> : values_few<0>;
+    struct Task { int64_t b, h0, h1, first, last; };  // queries first .. last-1 of request b, key/value heads h0 .. h1-1
     std::vector<Task> tasks;
     for (int64_t b = 0; b < B; b++)
-        for (int64_t i = 0, n = query_start[b + 1] - query_start[b]; i < n; i += tile) {
-            int64_t last = std::min(i + tile, n), step = (last - i) * group < FEW ? together : 1;
+        for (int64_t i = 0, n = query_start[b + 1] - query_start[b]; i < n; i += most) {
+            int64_t last = std::min(i + most, n), step = (last - i) * group < FEW ? together : 1;
             for (int64_t h = 0; h < kv_heads; h += step) tasks.push_back({b, h, std::min(h + step, kv_heads), i, last});
         }
     #pragma omp parallel if (tasks.size() > 1)
     {
-        std::vector<Tile> few(together, Tile(D, FEW));
-        Tile many(D, tile * group);
+        Rows t(D, std::max(most * group, together * FEW));
+        std::vector<float> scratch(KEYS * t.Dp);
         #pragma omp for schedule(dynamic, 1)
         for (size_t task = 0; task < tasks.size(); task++) {
             auto [b, h0, h1, first, last] = tasks[task];
             int64_t start = query_start[b], position0 = context_lens[b] - (query_start[b + 1] - start);
-            int64_t rows = (last - first) * group;
-            Tile* tiles = rows < FEW ? few.data() : &many;
-            for (int64_t h = h0; h < h1; h++) {
-                Tile& t = tiles[h - h0];
-                t.start(rows);
-                for (int64_t r = 0; r < rows; r++) {
-                    const T* row = q + (start + first + r / group) * q_stride + (h * group + r % group) * D;
-                    for (int64_t d = 0; d < D; d++) t.q[r * t.Dp + d] = to_float(row[d]) * scale;
-                }
-            }
+            int64_t rows = (last - first) * group, n_heads = h1 - h0;  // rows of one key/value head
+            bool few = rows < FEW;
+            t.start(rows * n_heads);
+            // Row r of head h: query first + r / group, query head h * group + r % group.
+            auto place = [&](int64_t r) { return start + first + r % rows / group; };
+            auto head = [&](int64_t r) { return (h0 + r / rows) * group + r % group; };
+            for (int64_t r = 0; r < t.rows; r++) t.set_query(r, q + place(r) * q_stride + head(r) * D, scale);
             int64_t lo = window ? std::max<int64_t>(0, position0 + first - window + 1) : 0, hi = position0 + last;
-            int64_t places[2][KEYS], *at = places[0], *next = places[1];  // where the keys of this step and the next lie
-            auto locate = [&](int64_t j0, int64_t* at) {
-                int64_t block = j0 / block_size, offset = j0 % block_size;
-                for (int64_t j = 0; j < KEYS && j0 + j < hi; j++) {
-                    at[j] = (block_tables[b * M + block] * block_size + offset) * kv_heads * D;
-                    if (++offset == block_size) { offset = 0; block++; }
+            const T *k[KEYS], *v[KEYS], *next[KEYS];
+            auto locate = [&](int64_t j0, const T* cache, const T** to) {  // past the end: the last one again
+                for (int64_t j = 0; j < KEYS; j++) {
+                    int64_t at = std::min(j0 + j, hi - 1), block = block_tables[b * M + at / block_size];
+                    to[j] = cache + ((block * block_size + at % block_size) * kv_heads + h0) * D;
                 }
             };
-            locate(lo, next);
+            locate(lo, k_cache, next);
             for (int64_t j0 = lo; j0 < hi; j0 += KEYS) {
-                int n = std::min<int64_t>(KEYS, hi - j0), ahead = std::clamp<int64_t>(hi - j0 - KEYS, 0, KEYS);
-                std::swap(at, next);
-                locate(j0 + KEYS, next);
-                for (int64_t h = h0; h < h1; h++) {
-                    Tile& t = tiles[h - h0];
-                    const T *k[KEYS], *v[KEYS];
-                    for (int j = 0; j < n; j++) { k[j] = k_cache + at[j] + h * D; v[j] = v_cache + at[j] + h * D; }
-                    // Blocks are scattered, so no hardware guesses what comes next: ask for it while computing this.
-                    for (int j = 0; j < ahead; j++)
-                        for (int64_t d = 0; d < D; d += 64 / sizeof(T)) {
-                            __builtin_prefetch(k_cache + next[j] + h * D + d);
-                            __builtin_prefetch(v_cache + next[j] + h * D + d);
-                        }
-                    if (rows < FEW) t.scores_few(k, n); else t.scores_many(k, n);
-                    for (int64_t r = 0; r < rows; r++) {
-                        int64_t position = position0 + first + r / group;
-                        int64_t from = window ? std::max<int64_t>(0, position - window + 1 - j0) : 0;
-                        t.softmax(r, std::min<int64_t>(from, n), std::clamp<int64_t>(position + 1 - j0, 0, n));
-                    }
-                    if (rows < FEW) t.values_few(v, n); else t.values_many(v, n);
+                std::copy(next, next + KEYS, k);
+                locate(j0, v_cache, v);
+                locate(j0 + KEYS, k_cache, next);
+                // Blocks are scattered, so no hardware guesses what comes next: while reading the keys ask for the values,
+                // while reading the values for the next keys.
+                if (few) scores(t, k, v, n_heads, rows); else scores_many(t, k, scratch.data());
+                for (int64_t r = 0; r < t.rows; r++) {
+                    int64_t position = position0 + first + r % rows / group;
+                    int64_t from = window ? std::clamp<int64_t>(position - window + 1 - j0, 0, KEYS) : 0;
+                    t.softmax(r, from, std::clamp<int64_t>(position + 1 - j0, 0, KEYS));
                 }
+                if (few) values(t, v, next, n_heads, rows); else values_many(t, v, scratch.data());
             }
-            for (int64_t h = h0; h < h1; h++) {
-                Tile& t = tiles[h - h0];
-                for (int64_t r = 0; r < rows; r++) {
-                    T* row = out + ((start + first + r / group) * heads + h * group + r % group) * D;
-                    for (int64_t d = 0; d < D; d++) put(&row[d], t.acc[r * t.Dp + d] / t.l[r]);
-                }
-            }
+            for (int64_t r = 0; r < t.rows; r++) t.finish(r, out + (place(r) * heads + head(r)) * D);
         }
     }
 }

@@ -31,9 +31,11 @@ ANIMALS = "fox rabbit hedgehog duck mouse cat dog frog squirrel bear turtle goos
 COLOURS = "red blue green yellow purple pink white black brown golden silver grey".split()
 THINGS = (
     "kite ball key drum boat lantern book bell basket cup map whistle postcard mirror ribbon teapot candle blanket "
-    "flute pillow bucket ladder coin ring crown doll robot puzzle spoon clock wagon painting brush compass parcel "
+    "flute pillow bucket coin ring crown doll robot puzzle spoon clock painting brush compass balloon "
     "trumpet magnet flag necklace wheel"
 ).split()
+ON_STAGE = "drum bell flute trumpet crown mirror robot lantern".split()
+HEAVY = "ladder wagon trunk piano sledge statue cart stove crate desk".split()
 CLOTHES = "scarf hat coat cap jacket sweater".split()
 FOODS = "soup porridge toast honey cheese noodles pie jam rice pudding salad bread".split()
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
@@ -77,6 +79,10 @@ NATURE = [
 ]  # fmt: skip
 
 
+CONNECTIVES = ["Then", "After that,", "A little later,", "Before long,", "Next,", "Soon", "Later,", "So", "One day",
+               "One sunny day"]  # fmt: skip
+
+
 def size(text):
     """Length of `text` in pieces (words, digits, punctuation marks), which is close to its number of tokens."""
     return len(re.findall(r"[^\W\d]+|\d|[^\w\s]", text))
@@ -91,20 +97,27 @@ class Fact:
     relation: str
     value: str
     question: str
+    answer: str = ""  # the sentence that states it, in the story's own words, unless given
     end: int = -1
-
-    @property
-    def answer(self):
-        # The value stands in the answer exactly as in the story, so answering is looking up and copying, except sums.
-        return f"There were {self.value}." if self.kind in ("count", "sum") else f"It was {self.value}."
 
 
 @dataclass
 class Line:
-    """A sentence or two, and the facts they state (or state once more)."""
+    """A sentence or two, and the facts they state (or state once more).
+
+    An answer repeats the sentence that states its fact, so answering is to find the sentence and to copy it. That is
+    the one thing (an "induction head") that a model of this size learns well, and what a broken cache breaks first.
+    """
 
     text: str
     facts: list = field(default_factory=list)
+
+    def __post_init__(self):
+        for fact in self.facts:
+            if not fact.answer:
+                sentence = next(x for x in re.split(r"(?<=[.!?]) ", self.text) if fact.value.removeprefix("a ") in x)
+                sentence = re.sub(rf"^({'|'.join(CONNECTIVES)}) ", "", sentence)
+                fact.answer = sentence[0].upper() + sentence[1:]
 
 
 @dataclass
@@ -137,22 +150,24 @@ class Teller:
 
     def __init__(self, rng, avoid=()):
         self.rng = rng
-        pools = dict(girl=GIRLS, boy=BOYS, pet=PETS, animal=ANIMALS, thing=THINGS, clothes=CLOTHES, food=FOODS,
-                     secret=SECRETS, wish=WISHES, numbered=NUMBERED, countable=list(COUNTABLES), spot=SPOTS,
+        pools = dict(girl=GIRLS, boy=BOYS, pet=PETS, animal=ANIMALS, thing=THINGS, heavy=HEAVY, clothes=CLOTHES,
+                     food=FOODS, secret=SECRETS, wish=WISHES, numbered=NUMBERED, countable=COUNTABLES, spot=SPOTS,
                      nature=NATURE)  # fmt: skip
-        self.pools = {k: rng.sample([x for x in v if x not in avoid], len([x for x in v if x not in avoid]))
-                      for k, v in pools.items()}  # fmt: skip
+        self.pools = {name: [item for item in pool if item not in avoid] for name, pool in pools.items()}
+        for pool in self.pools.values():
+            rng.shuffle(pool)
         self.said = set()  # (who, verb) pairs already used, so that "What did Mia find?" has one answer
-        self.coloured = []  # (thing, colour, its Fact): what a later sentence may mention again
+        self.coloured = []  # facts about colours told so far: what a later sentence may mention again
         self.cast = []
         for _ in range(rng.choice((2, 2, 3))):
             kind = rng.choice(("girl", "boy", "girl", "boy", "pet"))
             name = self.draw(kind)
             self.cast.append(Character(name, self.draw("animal") if kind == "pet" else kind))
 
-    def draw(self, pool):
-        """Something this story has not used yet. Raises IndexError when the pool is empty (the episode is dropped)."""
-        return self.pools[pool].pop()
+    def draw(self, pool, among=None):
+        """Something this story has not used yet. Raises IndexError when there is none (the episode is dropped)."""
+        pool = self.pools[pool]
+        return pool.pop(-1 if among is None else [item in among for item in pool].index(True))
 
     def place(self, places=PLACES):
         return self.rng.choice(places)
@@ -171,15 +186,14 @@ class Teller:
         self.said.add(key)
 
     def then(self):
-        return self.rng.choice(("Then", "After that,", "A little later,", "Before long,", "Next,", "Soon", "Later,"))
+        return self.rng.choice(CONNECTIVES[:7])
 
     def colour(self, thing, owner=None):
         """Gives `thing` a colour: the sentence that says so."""
         subject = f"{owner}'s {thing}" if owner else f"the {thing}"
         colour = self.rng.choice(COLOURS)
-        fact = Fact("colour", subject, "colour", colour, f"What colour was {subject}?")
-        self.coloured.append((subject, thing, colour, fact))
-        return Line(f"{subject[0].upper()}{subject[1:]} was {colour}.", [fact])
+        return Line(f"{subject[0].upper()}{subject[1:]} was {colour}.",
+                    [Fact("colour", subject, "colour", colour, f"What colour was {subject}?")])  # fmt: skip
 
     def cheer(self, thing):
         """A friendly remark about a thing. It states nothing that could be asked."""
@@ -224,14 +238,14 @@ def hiding(t):
 
 
 def moving(t):
-    (a, b), thing, (first, last) = t.two(), t.draw("thing"), t.rng.sample(PLACES, 2)
+    (a, b), thing, (first, last) = t.two(), t.draw("heavy"), t.rng.sample(PLACES, 2)
     there = "to " + last.split(" ", 1)[1]
     return [
         Line(f"There was a heavy {thing} {first}.",
              [Fact("where", f"the {thing}", "at first", first, f"Where was the {thing} at first?")]),
         Line(f'"It should not stay here," said {b}. So {a} moved the {thing} {there}.', [
             Fact("who", f"the {thing}", "moved by", a.name, f"Who moved the {thing}?"),
-            Fact("where", f"the {thing}", "in the end", last, f"Where was the {thing} in the end?"),
+            Fact("where", f"the {thing}", "in the end", there, f"Where was the {thing} in the end?"),
         ]),
     ]  # fmt: skip
 
@@ -252,14 +266,17 @@ def counting(t):
 
 
 def adding(t):
-    (a, b), noun, n = t.two(), t.draw("countable"), t.number(1, 5)
-    m = t.number(1, 4)
-    one = {1: noun[:-3] + "y" if noun.endswith("ies") else "leaf" if noun == "leaves" else noun[:-1]}
+    (a, b), noun, n, m = t.two(), t.draw("countable"), t.number(1, 5), t.number(1, 4)
+    one = noun[:-3] + "y" if noun.endswith("ies") else "leaf" if noun == "leaves" else noun[:-1]
+    first = f"{a} had {NUMBERS[n]} {one if n == 1 else noun}."
+    second = f"{b} gave {a} {NUMBERS[m]} more {one if m == 1 else noun}."
+    total = f"{first} {second} That makes {NUMBERS[n + m]}."  # shows the working: look up, look up, add
     return [
-        Line(f"{t.then()} {a} had {NUMBERS[n]} {one.get(n, noun)}.",
+        Line(f"{t.then()} {first}",
              [Fact("count", f"{a}'s {noun}", "at first", NUMBERS[n], f"How many {noun} did {a} have at first?")]),
-        Line(f"{b} gave {a} {NUMBERS[m]} more {one.get(m, noun)}.", [
-            Fact("sum", f"{a}'s {noun}", "in the end", NUMBERS[n + m], f"How many {noun} did {a} have in the end?"),
+        Line(second, [
+            Fact("sum", f"{a}'s {noun}", "in the end", NUMBERS[n + m], f"How many {noun} did {a} have in the end?",
+                 total),
             Fact("who", f"{a}'s {noun}", "given by", b.name, f"Who gave {a} more {noun}?"),
         ]),
         Line(t.rng.choice((f'"Thank you, {b}!" said {a}.', f'"Friends share," said {b}.',
@@ -316,12 +333,13 @@ def meeting(t):
     place, spot = t.place(), t.draw("spot")
     return [
         Line(f"{t.then()} they met a {kind} named {name} {place}.", [
-            Fact("what", name, "animal", f"a {kind}", f"What animal was {name}?"),
+            Fact("what", name, "animal", f"a {kind}", f"What animal was {name}?", f"{name} was a {kind}."),
             Fact("where", name, "met", place, f"Where did they meet {name}?"),
         ]),
         Line(f"{name} was sad and looking for a {thing}.",
              [Fact("what", name, "looking for", f"a {thing}", f"What was {name} looking for?")]),
-        Line(f"{a} and {b} helped. It was {b} who saw the {thing} {spot}.", [
+        Line(f"{a} and {b} helped."),
+        Line(f"It was {b} who saw the {thing} {spot}.", [
             Fact("who", f"the {thing}", "seen by", b.name, f"Who saw the {thing}?"),
             Fact("where", f"the {thing}", "seen", spot, f"Where did {b} see the {thing}?"),
         ]),
@@ -354,7 +372,7 @@ def wishing(t):
 def dressing(t):
     (a, b), thing = t.two(), t.draw("clothes")
     return [
-        Line(f"{t.then()} the wind grew cold, so {a} put on a warm {thing}.",
+        Line(f"{t.then()} the wind grew cold. {a} put on a warm {thing}.",
              [Fact("who", f"the {thing}", "worn by", a.name, f"Who put on the {thing}?")]),
         t.colour(thing), Line(f'"It looks very nice on you," said {b}.'),
     ]  # fmt: skip
@@ -369,9 +387,8 @@ def resting(t):
 def remembering(t):
     """Mentions something again. It teaches a model that tells stories to keep to what it has said."""
     a, _ = t.two()
-    subject, thing, colour, fact = t.rng.choice(t.coloured)
-    if not subject.startswith("the "):
-        raise IndexError(subject)
+    fact = t.rng.choice(t.coloured)
+    colour, thing = fact.value, fact.subject.removeprefix("the ")
     return [Line(t.rng.choice((f"{t.then()} {a} looked at the {colour} {thing} again and smiled.",
                                f'"I still like the {colour} {thing} best," said {a}.')), [fact])]  # fmt: skip
 
@@ -390,7 +407,7 @@ def plot_lost(t):
         Line(f"One morning {a} was sad, because {a}'s {thing} was lost."), colour,
         Line(f'"Do not worry, we will look for it together," said {b}.'),
     ], [
-        Line(f"At last {b} had an idea. {a}'s lost {thing} was {spot}!",
+        Line(f"At last {b} had an idea. {a}'s lost {thing} was {spot}.",
              [Fact("where", f"{a}'s {thing}", "lost", spot, f"Where was {a}'s lost {thing}?")]),
         Line(f"{a} hugged the {colour.facts[0].value} {thing} and never lost it again.", colour.facts),
     ]  # fmt: skip
@@ -401,7 +418,8 @@ def plot_birthday(t):
     t.once(a.name, b.name, "gave")
     return [
         Line(f"It was {b}'s birthday, and everybody was excited.",
-             [Fact("who", "the birthday", "of", b.name, "Whose birthday was it?")]),
+             [Fact("who", "the birthday", "of", b.name, "Whose birthday was it?",
+                   f"It was {b}'s birthday.")]),
         Line(f"{a} had a present for {b}, wrapped in soft paper."),
     ], [
         Line(f"Then {b} opened the birthday present. The present was a {thing}.",
@@ -432,7 +450,7 @@ def plot_picnic(t):
     return [
         Line(f"One sunny day {a} and {b} planned a picnic {place}.",
              [Fact("where", "the picnic", "place", place, "Where was the picnic?")]),
-        Line(f'"I will bring {food} for the picnic," said {a}.',
+        Line(f"{a} brought {food} for the picnic.",
              [Fact("what", "the picnic", "food", food, f"What did {a} bring for the picnic?")]),
     ], [
         Line(f"When they came to the picnic {place}, they ate {food} until their tummies were full."),
@@ -454,7 +472,7 @@ def plot_bird(t):
 
 
 def plot_show(t):
-    (a, b), place, thing = t.two(), t.place(), t.draw("thing")
+    (a, b), place, thing = t.two(), t.place(), t.draw("thing", among=ON_STAGE)
     part = Fact("what", a.name, "part in the show", f"a {thing}", f"What did {a} need for the show?")
     return [
         Line(f"{a} and {b} wanted to put on a show {place}.",
@@ -466,45 +484,82 @@ def plot_show(t):
     ]  # fmt: skip
 
 
-PLOTS = [plot_lost, plot_birthday, plot_door, plot_picnic, plot_bird, plot_show]
-OPENINGS = ["Once upon a time there was", "Once upon a time there lived", "Once upon a time there was",
-            "Long ago there was", "This is the story of", "In a quiet little land there lived"]  # fmt: skip
-ENDINGS = ["And they all lived happily ever after.", "That night they all slept very well.", "What a day it had been!",
-           "Then the stars came out, and everybody went home.", "And they stayed friends forever.",
-           "They walked home hand in hand. The end."]  # fmt: skip
+def plot_raft(t):
+    (a, b), place = t.two(), t.place(["on the beach", "by the river", "by the lake", "by the pond"])
+    animal, name = t.draw("animal"), t.draw("pet")
+    return [
+        Line(f"{a} had a plan to build a raft.",
+             [Fact("who", "the raft", "planned by", a.name, "Who had the plan to build a raft?")]),
+        Line(f"The raft lay {place}. It was not ready yet.",
+             [Fact("where", "the raft", "place", place, "Where was the raft?")]),
+        Line(f'"We will sail far away," {a} told {b}.'),
+    ], [
+        Line("When the raft was ready, they sailed to a tiny island."),
+        Line(f"On the island lived an old {animal} named {name}.",
+             [Fact("what", name, "animal", f"a {animal}", f"What animal was {name}?", f"{name} was a {animal}."),
+              Fact("who", "the island", "home of", name, "Who lived on the tiny island?")]),
+        Line(f"{name} was glad to have guests and told them stories of the sea."),
+    ]  # fmt: skip
+
+
+def plot_cake(t):
+    (a, b), n, food = t.two(), t.number(2, 9), t.draw("food", among=["honey", "jam", "cheese", "pudding"])
+    return [
+        Line(f"{a} wanted to bake a cake for {b}.", [
+            Fact("who", "the cake", "baked by", a.name, "Who wanted to bake a cake?"),
+            Fact("who", "the cake", "for", b.name, "Who was the cake for?")]),
+        Line(f"The cake needed {NUMBERS[n]} eggs.",
+             [Fact("count", "the cake", "eggs", NUMBERS[n], "How many eggs did the cake need?")]),
+        Line(f"On top of the cake there would be {food}.",
+             [Fact("what", "the cake", "top", food, "What would be on top of the cake?")]),
+    ], [
+        Line(f"At last the cake came out of the oven, with {food} on top. The whole house smelled sweet."),
+        Line(f'"This is the best cake in the world," said {b}, and everybody had a big piece.'),
+    ]  # fmt: skip
+
+
+PLOTS = [plot_lost, plot_birthday, plot_door, plot_picnic, plot_bird, plot_show, plot_raft, plot_cake]
+OPENINGS = [
+    "Once upon a time there was", "Once upon a time there lived", "Once upon a time there was",
+    "Once upon a time there was", "Long ago there was", "This is the story of",
+    "Far away, behind seven hills, there lived",
+]  # fmt: skip
+ENDINGS = [
+    "And they all lived happily ever after.", "That night they all slept very well.", "What a day it had been!",
+    "Then the stars came out, and everybody went home.", "And they stayed friends forever.",
+    "They walked home hand in hand. The end.", "And when they were old, they still talked about that day.",
+    "Good friends make every day a good day.",
+]  # fmt: skip
 
 
 def introduce(t, place):
     """Names the cast. Everybody is called by name from here on, so no pronoun is ever ambiguous."""
     a, b, *rest = t.cast
-    animal = a.kind not in ("girl", "boy")
+    mood = t.rng.choice(("little", "kind", "brave", "clever", "cheerful", "curious"))
     lines = [
-        Line(f"{t.rng.choice(OPENINGS)} a {t.rng.choice(('little', 'kind', 'brave', 'clever'))} {a.kind} named {a}."),
+        Line(f"{t.rng.choice(OPENINGS)} a {mood} {a.kind} named {a}."),
         Line(f"{a} lived {place}.", [Fact("where", a.name, "home", place, f"Where did {a} live?")]),
         Line(f"{a} had a good friend, a {b.kind} named {b}."),
-    ]  # fmt: skip
-    if animal:
-        lines[0].facts.append(Fact("what", a.name, "animal", f"a {a.kind}", f"What animal was {a}?"))
-    if b.kind not in ("girl", "boy"):
-        lines[2].facts.append(Fact("what", b.name, "animal", f"a {b.kind}", f"What animal was {b}?"))
-    for c in rest:
-        facts = [Fact("what", c.name, "animal", f"a {c.kind}", f"What animal was {c}?")]
-        lines.append(Line(f"There was also a {c.kind} named {c}, who liked to come along.",
-                          facts if c.kind not in ("girl", "boy") else []))  # fmt: skip
+        *(Line(f"There was also a {c.kind} named {c}, who liked to come along.") for c in rest),
+    ]
+    for c, line in zip(t.cast, lines[:1] + lines[2:], strict=True):
+        if c.kind not in ("girl", "boy"):
+            answer = f"{c} was a {c.kind}."
+            line.facts.append(Fact("what", c.name, "animal", f"a {c.kind}", f"What animal was {c}?", answer))
     return lines
 
 
 def story(seed, length=200, avoid=()):
-    """The story of `seed`: at most `length` pieces (at least 110 are needed), usually 30 less.
+    """The story of `seed`: at most `length` pieces (up to 145 when that is less), usually 10 less. Under 110 pieces
+    there is no room for a plot, only for an episode.
 
     `avoid`: words (names, things, ...) that it must not use, so that two stories in one conversation stay apart.
     """
     rng = random.Random(f"story {seed}")
     t = Teller(rng, set(avoid))
     home = t.place([p for p in OUTDOORS if "bridge" not in p])
-    opening, closing = rng.choice(PLOTS)(t)
+    opening, closing = rng.choice(PLOTS)(t) if length >= 110 else ([], [])
     opening = introduce(t, home) + opening
-    t.coloured.clear()  # what the end will show is not to be mentioned before
     closing = closing + [Line(rng.choice(ENDINGS))]
     room = length - sum(size(line.text) for line in opening + closing)
     paragraphs, misses, last = [opening], 0, None
@@ -519,6 +574,7 @@ def story(seed, length=200, avoid=()):
             misses += 1
             continue
         room, misses, last = room - need, 0, episode
+        t.coloured += [f for line in lines for f in line.facts if f.kind == "colour" and f not in t.coloured]
         if len(paragraphs) == 1 or len(paragraphs[-1]) > 6:
             paragraphs.append([])
         paragraphs[-1].extend(lines)
@@ -604,15 +660,17 @@ def dialogue(seed, length=200, questions=4, near=0, far=math.inf, budget=math.in
     for part in range(stories):
         tale = story(f"{seed} {part}" if part else seed, length, avoid=seen)
         seen = set(re.findall(r"\w+", tale.text)) - {"in", "to"}
-        told = rng.random()
+        told, pending, mark = rng.random(), "", None  # mark: `used` where the story ended
         if told < 0.5:  # the model tells the story
             say("user", request(rng, tale))
             say("assistant", tale.text)
+            mark = used
         elif told < 0.8:  # the user tells it
             say("user", tale.text)
+            mark = used
             say("assistant", rng.choice(HEARD))
-        mark = used  # else: the story and the first question are one message, as in retrieval
-        pending = tale.text + "\n" if told >= 0.8 else ""
+        else:  # the story and the first question are one message, as in retrieval
+            pending = tale.text + "\n"
         facts = rng.sample(tale.facts, len(tale.facts))
         missing = list(tale.missing) if extras else []
         asked = 0
@@ -621,7 +679,7 @@ def dialogue(seed, length=200, questions=4, near=0, far=math.inf, budget=math.in
             if missing and rng.random() < 0.05:
                 question, answer = missing.pop()
             else:
-                gap = used - mark if told >= 0.5 or not pending else 0
+                gap = 0 if mark is None else used - mark
                 for i, fact in enumerate(facts):
                     if near <= tale.distance(fact) + gap + size(fact.question) <= far:
                         question, answer = fact.question, facts.pop(i).answer
@@ -629,8 +687,7 @@ def dialogue(seed, length=200, questions=4, near=0, far=math.inf, budget=math.in
             if question is None or used + size(pending + question) + size(answer) + 4 > budget:
                 break
             say("user", pending + question)
-            if pending:
-                mark, pending = used, ""
+            mark, pending = used - size(question) if mark is None else mark, ""
             say("assistant", answer)
             asked += 1
     if extras and rng.random() < 0.1 and used + 16 < budget:
@@ -638,6 +695,19 @@ def dialogue(seed, length=200, questions=4, near=0, far=math.inf, budget=math.in
         say("user", rng.choice(ask))
         say("assistant", rng.choice(reply))
     return messages
+
+
+def echo(seed, budget):
+    """Chat messages in which the assistant repeats random words. Every word must be copied, so this is where a model
+    learns soonest to look back (in stories most words can be guessed); answering questions then builds on that."""
+    rng = random.Random(f"echo {seed}")
+    words = GIRLS + BOYS + PETS + ANIMALS + THINGS + COLOURS + NUMBERS + SECRETS + list("0123456789")
+    messages = []
+    while True:
+        text = " ".join(rng.choice(words) for _ in range(rng.randint(3, 24)))
+        if budget - sum(size(m["content"]) + 2 for m in messages) < 2 * size(text) + 8:
+            return messages
+        messages += [{"role": "user", "content": f"Say after me: {text}"}, {"role": "assistant", "content": text}]
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -681,7 +751,7 @@ def evaluate(llm, stories=40, questions=5, seed=HELD_OUT_SEEDS.start, params=Non
     for name, distance in (("near", NEAR), ("far", FAR)):
         items = exam(stories, questions, distance, seed)
         prompts = [llm.tokenizer.apply_chat_template(messages, add_generation_prompt=True) for messages, _, _ in items]
-        outputs = llm.generate(prompts, params(max_tokens=16, temperature=0))
+        outputs = llm.generate(prompts, params(max_tokens=40, temperature=0))
         right = [out.text.strip() == answer for out, (_, answer, _) in zip(outputs, items, strict=True)]
         result[name], result[name + "_count"] = sum(right) / len(right), len(right)
         for ok, (_, _, kind) in zip(right, items, strict=True):
