@@ -304,15 +304,16 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
     cumulative probability passes it. So a row's token depends on that row alone, not on its neighbours or on how often
     anybody sampled before.
     """
-    tokens = logits.max(-1).indices
     drawn = (temperature > 0).nonzero()[:, 0]
-    if len(drawn):
-        probs = token_probabilities(logits[drawn], temperature[drawn], top_k[drawn], top_p[drawn], min_p[drawn])
-        mass = probs.to(noise.dtype).cumsum(-1)
-        # right=True finds the first entry *beyond* the target, which is never a token of probability zero.
-        picked = torch.searchsorted(mass, noise[drawn, None] * mass[:, -1:], right=True)[:, 0]
-        tokens[drawn] = picked.clamp(max=logits.shape[-1] - 1)
-    return tokens
+    if len(drawn) < len(logits):
+        tokens = logits.max(-1).indices
+        if len(drawn):
+            tokens[drawn] = sample(logits[drawn], temperature[drawn], top_k[drawn], top_p[drawn], min_p[drawn], noise[drawn])
+        return tokens
+    mass = token_probabilities(logits, temperature, top_k, top_p, min_p).to(noise.dtype).cumsum(-1)
+    # right=True finds the first entry *beyond* the target, which is never a token of probability zero.
+    picked = torch.searchsorted(mass, noise[:, None] * mass[:, -1:], right=True)[:, 0]
+    return picked.clamp(max=logits.shape[-1] - 1)
 
 
 def uniform_noise(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
