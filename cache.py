@@ -70,10 +70,8 @@ class BlockPool:
         if not self.free:
             raise IndexError("no free block")
         block, _ = self.free.popitem(last=False)
-        # The index may meanwhile point at another block with the same content: only *this* block's entry goes.
-        if self.index.get(self.key[block]) == block:
-            del self.index[self.key[block]]
-        self.key[block] = self.content[block] = None
+        self._unindex(block)
+        self.content[block] = None
         self.refs[block] = 1
         return block
 
@@ -162,6 +160,17 @@ class BlockPool:
         block, first = table[i], self.index.setdefault(key, table[i])
         self.key[block] = key
         self.content[block] = next(self._numbers) if first == block else self.content[first]
+
+    def withdraw(self, table: list[int]) -> None:
+        """Take a table's blocks out of the prefix index: what they hold is not to be trusted."""
+        for block in table:
+            self._unindex(block)
+
+    def _unindex(self, block):
+        # The index may meanwhile point at another block with the same content: only *this* block's entry goes.
+        if self.index.get(self.key[block]) == block:
+            del self.index[self.key[block]]
+        self.key[block] = None
 
     def forget(self) -> None:
         """Empty the prefix index, for measuring without hits. Requests that run meanwhile go on publishing."""

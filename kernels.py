@@ -86,8 +86,9 @@ def add_norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, 
 
     RMSNorm, or LayerNorm where there is a bias. In at least float32, whatever the dtype of x.
     """
-    if cpp := cpp_bodies(x):
-        x, out = x.contiguous(), torch.empty_like(x)
+    if cpp := cpp_bodies(x, weight, *(t for t in (delta, bias) if t is not None)):
+        x, delta = x.contiguous(), delta if delta is None else delta.contiguous()
+        out = torch.empty_like(x)
         total = x if delta is None else torch.empty_like(x)
         cpp("add_norm", x, delta, weight, bias, out, total, *x.shape, eps)
         return out, total
@@ -191,7 +192,8 @@ def rope_and_write_kv(qkv: torch.Tensor, num_heads: int, positions: torch.Tensor
     a view of qkv.
     """
     block_size, kv_heads, head_dim = k_cache.shape[1:]
-    if cpp := cpp_bodies(qkv, k_cache):
+    norms = () if q_norm is None else (q_norm, k_norm)
+    if (cpp := cpp_bodies(qkv, k_cache, v_cache, *norms)) and qkv.is_contiguous():
         cpp("rope_and_write_kv", qkv, positions, slots, table, q_norm, k_norm, k_cache, v_cache,
             qkv.shape[0], num_heads, kv_heads, head_dim, eps)
         return qkv.view(qkv.shape[0], -1, head_dim)[:, :num_heads]
@@ -220,7 +222,9 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
     """
     T, num_heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
-    if (cpp := cpp_bodies(q, k_cache)) and q.stride(2) == 1 and q.stride(1) == head_dim:
+    if (cpp := cpp_bodies(q, k_cache, v_cache)) and q.stride(2) == 1 and q.stride(1) == head_dim:
+        block_tables, context_lens, query_start = (
+            t.to(torch.int32).contiguous() for t in (block_tables, context_lens, query_start))
         out = q.new_empty(T, num_heads, head_dim)
         cpp("paged_attention", q, k_cache, v_cache, block_tables, context_lens, query_start, out,
             context_lens.shape[0], block_tables.shape[1], block_size, num_heads, kv_heads, head_dim, q.stride(0), window,

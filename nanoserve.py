@@ -248,11 +248,12 @@ class GPT:
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, max_len: int | None = None):
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.max_len = max_len or config.max_len
         self.layers = [Layer() for _ in range(config.num_layers)]
         self.embed = self.position_embed = self.final_norm = self.final_norm_bias = self.head = None
         self.rope = None
         if config.rope:
-            self.rope = kernels.rope_table(config.rope, config.head_dim, max_len or config.max_len, device)
+            self.rope = kernels.rope_table(config.rope, config.head_dim, self.max_len, device)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
@@ -317,7 +318,7 @@ class GPT:
     def randomize(self, seed: int = 0, std: float = 0.02) -> GPT:
         """Normal weights, norms of one: for measuring a shape's speed, where values do not matter. Returns itself."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        for place in {(p.layer, p.name, p.expert): p for p in layout(self.config).values()}.values():
+        for place in parameters(self.config):
             weight = torch.empty(place.shape, dtype=self.dtype, device=self.device)
             is_norm = place.name.endswith("norm")
             self.set(place, weight.fill_(1) if is_norm else weight.normal_(0, std, generator=generator))
@@ -326,8 +327,7 @@ class GPT:
     @property
     def num_parameters(self) -> int:
         """Weights, counting a tied embedding once."""
-        return sum(math.prod(p.shape) for p in {(p.layer, p.name, p.expert): p
-                                                for p in layout(self.config).values()}.values())
+        return sum(math.prod(place.shape) for place in parameters(self.config))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,6 +405,11 @@ def layout(c: ModelConfig) -> dict[str, Place]:
     if not c.tie_embeddings:
         add(None, "head", [("lm_head.weight", c.vocab_size)], hidden)
     return places
+
+
+def parameters(c: ModelConfig) -> list[Place]:
+    """One place for each weight of the model, however many tensors of a checkpoint it is put together from."""
+    return list({(place.layer, place.name, place.expert): place for place in layout(c).values()}.values())
 
 
 def load(folder: Path, device: torch.device, dtype: torch.dtype, max_len: int | None = None) -> GPT:
@@ -605,8 +610,11 @@ class Detokenizer:
         else:
             end, length = n, 0
         self._start(prompt[max(0, end - length) : end])
-        for token in prompt[end:]:
-            self._stream.step(tokenizer.backend, token)
+        try:
+            for token in prompt[end:]:
+                self._stream.step(tokenizer.backend, token)
+        except Exception:  # a prompt whose last bytes are no text at all
+            self._start([])
 
     def push(self, token: int, may_stop: bool = True) -> None:
         """Add a token. A stop string that is complete sets `stopped`, and the text ends before it."""
@@ -743,13 +751,13 @@ class LLM:
     model: a folder in Hugging Face format, a name on its hub, a GPT, or None for the small model in tutorial/
     device: "auto" (CUDA where there is one, else the CPU), "cuda", "cpu", "mps"; dtype: "auto" or a name in DTYPES
     kv_memory: bytes for the KV cache, or a fraction of the free memory below 1; None: 0.85 on a GPU, 1 GiB elsewhere
-    max_batch_tokens: the token budget of a step; max_batch_requests: how many requests run at once
+    max_batch_tokens: the token budget of a step; max_batch_requests: how many requests run at once (256, or the budget)
     policy: "fcfs", "priority", "shortest", or a function of a Request whose smallest value goes first
     """
 
     def __init__(self, model: str | os.PathLike | GPT | None = None, *, device: str = "auto", dtype: str = "auto",
                  kv_memory: float | int | None = None, block_size: int = 16, max_batch_tokens: int | None = None,
-                 max_batch_requests: int = 256, max_model_len: int | None = None,
+                 max_batch_requests: int | None = None, max_model_len: int | None = None,
                  policy: str | Callable[[Request], object] = "fcfs", prefix_caching: bool = True, seed: int = 0):
         for name, value in (("block_size", block_size), ("max_batch_tokens", max_batch_tokens),
                             ("max_batch_requests", max_batch_requests), ("max_model_len", max_model_len)):
@@ -757,23 +765,30 @@ class LLM:
                 raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
         folder = None if isinstance(model, GPT) else find_model(model)
         config = ModelConfig.from_dict(read_json(folder / "config.json")) if folder else model.config
-        self.max_model_len = config.max_len if max_model_len is None else max_model_len
-        if not 1 < self.max_model_len <= config.max_len:
-            raise ValueError(f"max_model_len: must be from 2 to the model's {config.max_len}, got {max_model_len}")
+        longest = config.max_len if folder else model.max_len
+        self.max_model_len = longest if max_model_len is None else max_model_len
+        if not 1 < self.max_model_len <= longest:
+            raise ValueError(f"max_model_len: must be from 2 to the model's {longest}, got {max_model_len}")
         if folder:
             self._load(folder, config, pick_device(device), dtype)
+        elif (device, dtype) != ("auto", "auto"):
+            raise ValueError("device, dtype: a GPT has its own already")
         else:
             self.model, self.tokenizer, self.eos_ids = model, None, frozenset(config.eos_ids)
         self.device = self.model.device
         if self.device.type == "cpu":
             keep_freed_memory()
+        max_batch_requests = max_batch_requests or min(256, max_batch_tokens or 256)
         max_batch_tokens = max_batch_tokens or max(max_batch_requests, 8192 if self.device.type == "cuda" else 1024)
         num_blocks = self._num_blocks(kv_memory, block_size, max_batch_requests)
         self.pool = BlockPool(num_blocks, block_size, prefix_caching)
         self.scheduler = Scheduler(self.pool, max_batch_tokens=max_batch_tokens, max_batch_requests=max_batch_requests,
                                    max_model_len=self.max_model_len, policy=policy)
-        self.cache = KVCache(config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim,
-                             self.model.dtype, self.device)
+        try:
+            self.cache = KVCache(config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim,
+                                 self.model.dtype, self.device)
+        except (RuntimeError, MemoryError):
+            raise ValueError(f"kv_memory: there is no room for {num_blocks:,} blocks; lower kv_memory") from None
         self._random = random.Random(seed)
         self._counts = dict.fromkeys(("steps", "forward_passes", "computed_tokens", "prompt_tokens", "output_tokens",
                                       "finished", "aborted"), 0)
@@ -786,7 +801,7 @@ class LLM:
                              f"at {config.vocab_size - 1}")
         generation = folder / "generation_config.json"
         eos = as_ids(read_json(generation).get("eos_token_id")) if generation.exists() else ()
-        self.eos_ids = frozenset(eos or config.eos_ids)
+        self.eos_ids = frozenset(token for token in eos or config.eos_ids if 0 <= token < config.vocab_size)
         self.model = load(folder, device, pick_dtype(dtype, device, config.dtype), self.max_model_len)
 
     def _num_blocks(self, kv_memory, block_size, max_batch_requests) -> int:
@@ -825,7 +840,8 @@ class LLM:
                  progress: bool = False) -> list[Output]:
         """Complete all prompts and return their outputs in order, the n samples of a prompt next to each other.
 
-        A prompt is a text or a list of token ids. ValueError if one can not be served; then none is.
+        A prompt is a text or a list of token ids. ValueError if one can not be served, then none is; or, once all have
+        ended, if one failed on the way.
         """
         from tqdm import tqdm
 
@@ -861,12 +877,15 @@ class LLM:
             raise ValueError(f"n: a stream is one sample, got n={params.n}")
         request, shown = self.add_request(prompt, params), 0
         try:
-            while request.status != FINISHED:
-                self.step()
+            while True:  # others may step, and finish this request, while we wait at the yield
                 text = self.text(request)
                 if len(text) > shown:
                     yield text[shown:]
                     shown = len(text)
+                elif request.status == FINISHED:
+                    break
+                else:
+                    self.step()
             if request.error:
                 raise ValueError(request.error)
         finally:
@@ -879,7 +898,13 @@ class LLM:
         With n > 1, `request.samples` lists the samples once the prompt is computed. Requests with unequal `cache_salt`
         never share cached prefixes. Smaller `priority` is more urgent, where the policy looks at it.
         """
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params: must be SamplingParams, got {type(params).__name__}")
+        if isinstance(priority, bool) or not isinstance(priority, (int, float)) or not math.isfinite(priority):
+            raise ValueError(f"priority: must be a number, got {priority!r}")
+        if not isinstance(cache_salt, (str, type(None))):
+            raise ValueError(f"cache_salt: must be a text or None, got {cache_salt!r}")
         tokens = self._tokens(prompt)
         room = min(self.max_model_len, self.pool.num_usable * self.pool.block_size + 1) - len(tokens)
         vocab = self.model.config.vocab_size
@@ -945,7 +970,7 @@ class LLM:
         self._counts["computed_tokens"] += len(batch.tokens)
         for (request, position), row in zip(prompt_rows, logits[len(samplers):]):
             self._record(request, position, row.float().log_softmax(-1))
-        # Until here no request has changed: whatever goes wrong above, the next step plans the same again.
+        # Until here no token was appended and nothing counts as computed: a step that failed above can be repeated.
         return self.commit(plan, *self.sample(samplers, logits[: len(samplers)]))
 
     def pack(self, plan: list[tuple[Request, int]]) -> tuple[Batch, list[tuple[Request, int]], list[tuple[Request, int]]]:
@@ -1061,6 +1086,7 @@ class LLM:
         if not sound:
             request.error = (f"request {request.samples[0].arrival}: the model's logits at position "
                              f"{len(request.tokens) - 1} are not finite numbers, or every token is banned")
+            self.pool.withdraw(request.block_table)  # or the next to ask the same would inherit them
             self.scheduler.finish(request, "abort")
             self._counts["aborted"] += 1
             return
@@ -1247,9 +1273,9 @@ class Roofline:
         c, self.bandwidth, self.flops, self.seconds, self.llm = llm.model.config, bandwidth, flops, 0.0, llm
         self.itemsize = llm.model.dtype.itemsize
         self.head = c.vocab_size * c.hidden_size
-        shapes = {(p.layer, p.name, p.expert): math.prod(p.shape) for p in layout(c).values() if len(p.shape) > 1}
-        self.body = sum(n for (_, name, expert), n in shapes.items() if name not in ("embed", "position_embed", "head")
-                        and (expert is None or expert < c.experts_per_token))
+        self.body = sum(math.prod(p.shape) for p in parameters(c) if len(p.shape) > 1
+                        and p.name not in ("embed", "position_embed", "head")
+                        and (p.expert is None or p.expert < c.experts_per_token))
         self.kv_bytes = KVCache.bytes_per_block(c.num_layers, 1, c.num_kv_heads, c.head_dim, self.itemsize)
         self.per_pair = 4 * c.num_heads * c.head_dim * c.num_layers
         self.schedule, llm.scheduler.schedule = llm.scheduler.schedule, self._watch
@@ -1270,8 +1296,8 @@ class Roofline:
         return self.seconds
 
 
-def run_workload(llm: LLM, work) -> dict[str, float]:
-    """Run [(prompt, output tokens), ...] greedily, all submitted at once. Seconds, and TTFT and ITL samples in ms."""
+def run_workload(llm: LLM, work) -> dict:
+    """Run [(prompt, output tokens), ...] greedily, all submitted at once. Seconds it took, samples of TTFT and of ITL."""
     start = time.perf_counter()
     requests = [llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
                 for prompt, tokens in work]
@@ -1295,8 +1321,10 @@ class TransformersPeer:
     """The same requests through transformers' continuous batching, for --compare. Its cache holds all of them at once."""
 
     def __init__(self, shape: dict, dtype: torch.dtype, device: torch.device, work):
-        import transformers
-
+        try:
+            import transformers
+        except ImportError:
+            raise ValueError("--compare: transformers is not installed") from None
         transformers.logging.set_verbosity_error()
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
         config = transformers.AutoConfig.for_model(**shape)
@@ -1397,7 +1425,8 @@ Each takes --model FOLDER or hub name (default: the small model that comes along
 
 def make_llm(args: argparse.Namespace, model=None) -> LLM:
     """An LLM from the command line's options."""
-    return LLM(model or args.model, device=args.device, dtype=args.dtype, kv_memory=args.kv_memory,
+    where = {} if model else {"device": args.device, "dtype": args.dtype}
+    return LLM(model or args.model, **where, kv_memory=args.kv_memory,
                max_batch_tokens=args.max_batch_tokens, max_batch_requests=args.max_batch_requests,
                max_model_len=args.max_model_len, seed=random.getrandbits(63) if args.seed is None else args.seed)
 
@@ -1418,6 +1447,13 @@ def parse_memory(text: str) -> float | int:
     return number if unit == 1 and number < 1 else int(number * unit)
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
 def parse_range(text: str) -> tuple[int, int]:
     """Lengths like 128 or 16..256."""
     match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text)
@@ -1430,8 +1466,7 @@ def parser_for(command: str) -> argparse.ArgumentParser:
     """The options of one command."""
     about = {"complete": "Complete a prompt and print the text as it comes.", "chat": "Talk to the model.",
              "generate": "Complete every line of a file.", "bench": "Measure speed on a synthetic workload."}[command]
-    parser = argparse.ArgumentParser(prog="nanoserve" + (f" {command}" if command != "complete" else ""), description=about,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(prog="nanoserve" + (f" {command}" if command != "complete" else ""), description=about)
     if command == "complete":
         parser.add_argument("prompt", help="text to continue")
     if command == "generate":
@@ -1439,27 +1474,30 @@ def parser_for(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--jsonl", required=True, help="where results go, one JSON object a line; what is there is kept")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--model", help="a folder in Hugging Face format or a name on its hub")
-    engine.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    engine.add_argument("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
+    engine.add_argument("--device", default="auto", help="cpu, cuda or mps; otherwise the best there is")
+    engine.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)}; otherwise what suits model and device")
     engine.add_argument("--kv-memory", type=parse_memory, help="of the KV cache: 512MiB, 2GB, or a fraction of what is free")
     engine.add_argument("--max-batch-tokens", type=int, help="token budget of a step")
-    engine.add_argument("--max-batch-requests", type=int, default=256, help="requests that run at once")
+    engine.add_argument("--max-batch-requests", type=int, help="requests that run at once (256)")
     engine.add_argument("--max-model-len", type=int, help="longest prompt and output together")
     engine.add_argument("--seed", type=int, default=0 if command == "bench" else None, help="same seed, same text")
     if command == "bench":
-        parser.add_argument("--shape", default="gpt2", choices=SHAPES, help="random weights of this shape, without --model")
-        parser.add_argument("--requests", type=int, default=32)
-        parser.add_argument("--input-len", type=parse_range, default="16..256", help="tokens of the prompts")
-        parser.add_argument("--output-len", type=parse_range, default="16..256", help="tokens to generate")
+        parser.add_argument("--shape", default="gpt2", choices=SHAPES, help="without --model: random weights (gpt2)")
+        parser.add_argument("--requests", type=positive, default=32, help="how many (32)")
+        parser.add_argument("--input-len", type=parse_range, default="16..256", help="tokens of the prompts (16..256)")
+        parser.add_argument("--output-len", type=parse_range, default="16..256", help="tokens to generate (16..256)")
         parser.add_argument("--nano-vllm", action="store_true", help="nano-vLLM's 256 requests instead")
-        parser.add_argument("--runs", type=int, default=3, help="the median is printed")
+        parser.add_argument("--runs", type=positive, default=3, help="the median of these is printed (3)")
         parser.add_argument("--compare", choices=["transformers"], help="run the same through this, in turn")
         return parser
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-tokens", type=int, help="tokens to generate (default: 256, or what fits)")
-    for name, default in (("temperature", 0.8), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0),
-                          ("repetition_penalty", 1.0)):
-        sampling.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
+    sampling.add_argument("--max-tokens", type=int, help="tokens to generate (256, or what fits)")
+    for name, default, what in (
+            ("temperature", 0.8, "0 takes the likeliest token (0.8)"), ("top_k", 0, "keep the k likeliest tokens (all)"),
+            ("top_p", 1.0, "keep the likeliest tokens up to this probability (1)"),
+            ("min_p", 0.0, "keep tokens with this share of the largest probability (0)"),
+            ("repetition_penalty", 1.0, "above 1 makes what was said less likely (1)")):
+        sampling.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=what)
     sampling.add_argument("--stop", action="append", default=[], help="text that ends the output; may be repeated")
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after the model's own end")
     return parser
@@ -1511,24 +1549,42 @@ def chat(args: argparse.Namespace) -> None:
         messages.append({"role": "assistant", "content": answer})
 
 
+def finished_results(out: Path, prompts: list[str]) -> set[int]:
+    """The indices of the prompts that a results file has already. A last line that was cut short is taken off it.
+
+    ValueError if the file holds anything else: it is somebody's, and not ours to append to.
+    """
+    lines, done = out.read_text(encoding="utf-8").split("\n"), set()  # splitlines() would split texts at U+2028
+    for number, line in enumerate(lines):
+        try:
+            record = json.loads(line) if line else {}
+        except ValueError:
+            record = {} if number == len(lines) - 1 else None
+        if line and record is not None and record.get("index") in range(len(prompts)):
+            if record.get("prompt") == prompts[record["index"]]:
+                done.add(record["index"])
+                continue
+        if line and record != {}:
+            raise ValueError(f"--jsonl: line {number + 1} of {out} is not a result for these prompts")
+    whole = [line for line in lines if line and (line != lines[-1] or line.endswith("}"))]
+    text = "".join(line + "\n" for line in whole)
+    if text != "\n".join(lines):
+        scratch = out.with_name(out.name + ".tmp")
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(out)
+    return done
+
+
 def generate_file(args: argparse.Namespace) -> None:
     """Complete the lines of a file into JSON lines, as they finish; lines that are there already are not done again."""
     from tqdm import tqdm
 
     try:
         prompts = [line for line in Path(args.file).read_text(encoding="utf-8").split("\n") if line.strip()]
-    except OSError as error:
-        raise ValueError(f"--file: {args.file}: {error.strerror}") from None
-    done, out = set(), Path(args.jsonl)
-    if out.exists():
-        kept = []
-        for line in out.read_text(encoding="utf-8").split("\n"):  # splitlines() would split texts at U+2028
-            try:
-                done.add(json.loads(line)["index"])
-                kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # the line that an interruption cut short
-        out.write_text("".join(kept), encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--file: {args.file}: {getattr(error, 'strerror', None) or 'is not UTF-8 text'}") from None
+    out = Path(args.jsonl)
+    done = finished_results(out, prompts) if out.exists() else set()
     llm, params = make_llm(args), sampling_from(args)
     waiting = {}
     with out.open("a", encoding="utf-8") as file, tqdm(total=len(prompts), initial=len(done), unit=" prompts") as bar:
@@ -1556,7 +1612,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command `nanoserve`. Returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE, end="")
+        print(USAGE)
+        parser_for("complete").print_help()
         return 0
     commands = {"chat": chat, "generate": generate_file, "bench": bench}
     name = argv[0] if argv[0] in commands else "complete"

@@ -135,7 +135,13 @@ class Scheduler:
             raise ValueError(f"n: {request.width} samples are more than max_batch_requests={self.max_batch_requests}")
         request.arrival = next(self._arrivals)
         request.urgency = (self.policy(request), request.arrival)
-        self._enqueue(request)
+        try:
+            self._enqueue(request)
+        except TypeError:  # raised half-way through: undo
+            self.num_waiting -= 1
+            self._heap = [entry for entry in self._heap if entry[1] is not request]
+            heapq.heapify(self._heap)
+            raise ValueError(f"policy: its key {request.urgency[0]!r} can not be compared with the others'") from None
         return request
 
     def has_work(self) -> bool:

@@ -362,3 +362,16 @@ def test_standard_input_that_ends(options, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
     assert main(["chat", *options, *PLAIN]) == 0
     assert "Ask away" not in capsys.readouterr().err
+
+
+def test_generate_leaves_a_file_alone_that_is_not_its_own(tmp_path, capsys):
+    """Neither other people's lines nor results of other prompts are overwritten; and bad numbers are named."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    prompts.write_text("one\ntwo\n")
+    for text in ('{"user": "precious"}\n', '{"index": 0, "prompt": "another", "text": "x"}\n', 'not json\n{"index": 0}\n'):
+        out.write_text(text)
+        assert nanoserve.main(["generate", "--file", str(prompts), "--jsonl", str(out)]) == 2
+        assert "is not a result for these prompts" in capsys.readouterr().err and out.read_text() == text
+    with pytest.raises(SystemExit) as exit:
+        nanoserve.main(["bench", "--requests", "0"])
+    assert exit.value.code == 2 and "'0' is not a number from 1 on" in capsys.readouterr().err

@@ -682,3 +682,61 @@ def test_the_engine_says_what_runs_where():
     for part in ("llama", "float64", "cpu", "PyTorch kernels", "200 KV blocks of 4", "16 requests", "64 tokens"):
         assert part in line
     assert nanoserve.DEFAULT_MODEL.name == "model"
+
+
+# ---- found by reading the engine as an adversary would ----
+
+
+def test_a_stream_is_complete_though_others_step():
+    """Whoever steps may finish a request while its stream waits at a yield."""
+    llm = engine(tokenizer="byte_level")
+    p = replace(GREEDY, max_tokens=12, ignore_eos=True)
+    whole = "".join(llm.stream([5, 6, 7], p))
+    first, pieces = llm.stream([5, 6, 7], p), []
+    pieces.append(next(first))
+    llm.generate([[8, 9]], replace(p, max_tokens=30))
+    assert "".join(pieces + list(first)) == whole
+
+
+def test_broken_keys_and_values_are_not_inherited(monkeypatch):
+    """What a request with NaN logits computed is not found by the next one with the same prompt."""
+    llm = engine(model=copy.copy(toy()))
+    healthy, prompt = llm.model.forward, list(range(40))
+    monkeypatch.setattr(llm.model, "forward", lambda *args: healthy(*args) * float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        llm.generate([prompt], GREEDY)
+    monkeypatch.setattr(llm.model, "forward", healthy)
+    assert tokens_of(llm.generate([prompt], GREEDY)) == [Slow.generate(prompt, GREEDY)]
+    assert llm.stats()["hit_tokens"] == 0
+
+
+@pytest.mark.parametrize("options, name", [({"priority": "x"}, "priority"), ({"priority": float("nan")}, "priority"),
+                                           ({"priority": True}, "priority"), ({"cache_salt": ["a"]}, "cache_salt"),
+                                           ({"params": {"temperature": 0}}, "params")])
+def test_add_request_refuses_what_would_break_the_queue(options, name):
+    llm = engine()
+    with pytest.raises(ValueError, match=name):
+        llm.add_request([1, 2], **options)
+    assert not llm.has_work() and tokens_of(llm.generate([[1, 2]], GREEDY)) == [Slow.generate([1, 2], GREEDY)]
+
+
+def test_a_policy_whose_keys_do_not_compare_refuses_the_request():
+    llm = engine(policy=lambda request: request.root)
+    first = llm.add_request([1, 2], GREEDY, cache_salt="a")
+    with pytest.raises(ValueError, match="policy"):
+        llm.add_request([3, 4], GREEDY)
+    assert llm.scheduler.waiting == [first]
+    llm.scheduler.check()
+
+
+def test_a_budget_alone_limits_the_requests_too():
+    assert LLM(toy(), kv_memory=1 << 20, max_batch_tokens=8).scheduler.max_batch_requests == 8
+
+
+def test_a_shorter_rope_table_shortens_the_model():
+    config = toy().config
+    short = GPT(config, torch.float64, "cpu", max_len=16).randomize(0)
+    with pytest.raises(ValueError, match="16"):
+        LLM(short, kv_memory=1 << 20, max_model_len=17)
+    with pytest.raises(ValueError, match="16"):
+        LLM(short, kv_memory=1 << 20).add_request([1] * 15, replace(GREEDY, max_tokens=2))

@@ -22,6 +22,10 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def test_nothing_is_left_to_fill_in():
+    assert "_SECTION" not in README
+
+
 def test_the_python_in_the_readme_runs(capsys):
     (code,) = blocks("python")
     exec(compile(code, "README.md", "exec"), {})

@@ -307,6 +307,8 @@ def train(name, args):
     start, checkpoint = 0, WORK / f"{name}.pt"
     WORK.mkdir(exist_ok=True)
     if args.resume:
+        if not checkpoint.exists():
+            raise SystemExit(f"--resume: there is no {checkpoint}")
         state = torch.load(checkpoint, map_location=args.device)
         start = state["step"]
         model.load_state_dict(state["model"])
@@ -354,9 +356,11 @@ def train(name, args):
             speed = 30 * args.tokens / (time.time() - clock)
             tqdm.write(f"{speed:,.0f} tokens/s: {(args.steps - step) * args.tokens / speed / 60:.0f} minutes to go")
         if rank == 0 and ((step + 1) % args.every == 0 or step + 1 == args.steps):
-            torch.save(dict(step=step + 1, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers]),
-                       checkpoint)  # fmt: skip
-            save(model, name)
+            state = dict(step=step + 1, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
+            torch.save(state, checkpoint.with_suffix(".tmp"))
+            checkpoint.with_suffix(".tmp").replace(checkpoint)  # in one move: an interruption loses nothing
+            if step + 1 == args.steps:  # only a finished run replaces the model that others use
+                save(model, name)
             near, far = (accuracy(model, tok, 12, d)["all"][0] for d in (world.NEAR, world.FAR))
             tqdm.write(f"step {step + 1}: {(time.time() - began) / 60:.1f} min, loss {smooth[0]:.3f} answers "
                        f"{smooth[1]:.3f} right {smooth[2]:.3f}, held out: perplexity {perplexity(model, tok):.3f}, "
