@@ -1361,14 +1361,12 @@ def bench(args: argparse.Namespace) -> None:
     """Measure throughput and latency on a synthetic workload, and say what share of this machine's roofline that is."""
     import resource
 
-    device, shape = pick_device(args.device), None
-    if args.model:
-        llm = make_llm(args)
-    else:
-        shape = SHAPES[args.shape]
-        config = ModelConfig.from_dict(shape)
-        dtype = pick_dtype(args.dtype, device, "bfloat16")
-        llm = make_llm(args, GPT(config, dtype, device, args.max_model_len).randomize(args.seed))
+    device, folder = pick_device(args.device), find_model(args.model) if args.model else None
+    shape = read_json(folder / "config.json") if folder else SHAPES[args.shape]
+    config = ModelConfig.from_dict(shape)
+    dtype = pick_dtype(args.dtype, device, config.dtype if folder else "bfloat16")
+    bandwidth, flops = measure_roofline(dtype, device)  # first, so that its buffers do not count as the engine's
+    llm = make_llm(args, None if folder else GPT(config, dtype, device, args.max_model_len).randomize(args.seed))
     vocab = llm.model.config.vocab_size
     work = (nano_vllm_workload(vocab, args.seed) if args.nano_vllm else
             workload(args.requests, args.input_len, args.output_len, vocab, args.seed))
@@ -1376,10 +1374,8 @@ def bench(args: argparse.Namespace) -> None:
     print(f"{llm.describe()}\n{len(work)} requests, {num_in:,} tokens in, {num_out:,} out, greedy, all submitted at once")
     peer = None
     if args.compare:
-        peer = TransformersPeer(shape or read_json(find_model(args.model) / "config.json"), llm.model.dtype, device,
-                                work)
+        peer = TransformersPeer(shape, dtype, device, work)
         peer.run()  # warm up
-    bandwidth, flops = measure_roofline(llm.model.dtype, device)
     print(f"this machine, now: {bandwidth / 1e9:.1f} GB/s copying, {flops / 1e9:,.0f} GFLOP/s multiplying")
     run_workload(llm, work[: max(2, len(work) // 4)])  # warm up: allocations, first use of kernels
     runs, theirs, floor = [], [], 0.0
