@@ -1550,24 +1550,26 @@ def finished_results(out: Path, prompts: list[str]) -> set[int]:
 
     ValueError if the file holds anything else: it is somebody's, and not ours to append to.
     """
-    lines, done = out.read_text(encoding="utf-8").split("\n"), set()  # splitlines() would split texts at U+2028
+    lines = out.read_text(encoding="utf-8").split("\n")  # splitlines() would split texts at U+2028
+    done, whole = set(), ""
     for number, line in enumerate(lines):
         try:
-            record = json.loads(line) if line else {}
+            record = json.loads(line) if line else None
         except ValueError:
-            record = {} if number == len(lines) - 1 else None
-        if line and record is not None and record.get("index") in range(len(prompts)):
-            if record.get("prompt") == prompts[record["index"]]:
-                done.add(record["index"])
-                continue
-        if line and record != {}:
+            if number == len(lines) - 1:  # no newline behind it: cut short
+                break
+            record = {}
+        if not line:
+            continue
+        index = record.get("index") if isinstance(record, dict) else None
+        if type(index) is not int or not 0 <= index < len(prompts) or record.get("prompt") != prompts[index]:
             raise ValueError(f"--jsonl: line {number + 1} of {out} is not a result for these prompts")
-    whole = [line for line in lines if line and (line != lines[-1] or line.endswith("}"))]
-    text = "".join(line + "\n" for line in whole)
-    if text != "\n".join(lines):
+        done.add(index)
+        whole += line + "\n"
+    if whole != "\n".join(lines):
         scratch = out.with_name(out.name + ".tmp")
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(out)
+        scratch.write_text(whole, encoding="utf-8")
+        scratch.replace(out)  # in one move: an interruption loses nothing
     return done
 
 

@@ -368,7 +368,8 @@ def test_generate_leaves_a_file_alone_that_is_not_its_own(tmp_path, capsys):
     """Neither other people's lines nor results of other prompts are overwritten; and bad numbers are named."""
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
     prompts.write_text("one\ntwo\n")
-    for text in ('{"user": "precious"}\n', '{"index": 0, "prompt": "another", "text": "x"}\n', 'not json\n{"index": 0}\n'):
+    for text in ('{"user": "precious"}\n', '{"index": 0, "prompt": "another", "text": "x"}\n', 'not json\n{"index": 0}\n',
+                 "[1]\n", "null\n", '{"index": true, "prompt": "two"}\n'):
         out.write_text(text)
         assert nanoserve.main(["generate", "--file", str(prompts), "--jsonl", str(out)]) == 2
         assert "is not a result for these prompts" in capsys.readouterr().err and out.read_text() == text
