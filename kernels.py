@@ -1,10 +1,11 @@
-"""The maths: every operation of a serving step as plain PyTorch, and where it pays a second body that runs faster.
+"""The maths: every operation of a serving step as plain PyTorch, and where it pays compiled bodies that run faster.
 
 Each public function is the definition of an operation: a student can read it, swap it, and get the same tokens. It runs
-on any device. On a CPU with a C++ compiler, the small operations between the matrix products (attention over scattered
-blocks, norms, rotary positions) also have a C++ body in `CPU_SOURCE` at the end of this file, built once in about three
-seconds, kept in the user's cache folder and called with the tensors' pointers. `use_cpp = False` turns it off; the tests
-hold the two bodies against each other.
+on any device. What lies between the matrix products (attention over scattered blocks, norms, rotary positions, sampling)
+also has compiled bodies, called with the tensors' pointers; the tests hold all bodies against each other.
+  * On a CPU with a C++ compiler: C++, in `CPU_SOURCE`, built once in about three seconds. `use_cpp = False` turns it off.
+  * On a GPU from sm_80 on: CUDA C++, in `CUDA`, compiled by torch's NVRTC at first use. Without a GPU the same sources run
+    on the CPU, slowly: see tutorial/cuda_on_cpu.py.
 
 Shapes, everywhere the same:
     T tokens of the flat, ragged batch      B requests in it          S rows that are sampled      V vocabulary
@@ -16,12 +17,15 @@ Shapes, everywhere the same:
 Survey A VI.C (Inference pipeline optimization) · B 3.2.5 · C KV Cache Optimization: Memory Management.
 """
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import hashlib
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -33,7 +37,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-use_cpp = True  # False: the PyTorch bodies only
+use_cpp = True  # False: no C++ bodies on the CPU
+cuda_on_cpu = None  # tutorial/cuda_on_cpu.py sets this, and the CUDA bodies then run on the CPU's tensors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,11 +91,17 @@ def add_norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, 
 
     RMSNorm, or LayerNorm where there is a bias. In at least float32, whatever the dtype of x.
     """
-    if cpp := cpp_bodies(x, weight, *(t for t in (delta, bias) if t is not None)):
+    cpp, cuda = compiled(x, delta, weight, bias)
+    if cpp or cuda:
         x, delta = x.contiguous(), delta if delta is None else delta.contiguous()
         out = torch.empty_like(x)
         total = x if delta is None else torch.empty_like(x)
-        cpp("add_norm", x, delta, weight, bias, out, total, *x.shape, eps)
+        rows, cols = x.shape
+        if cpp:
+            cpp("add_norm", x, delta, weight, bias, out, total, rows, cols, eps)
+        else:
+            N = per_load(x, cols)
+            cuda("add_norm", (rows,), threads(cols // N), x, delta, weight, bias, out, total, cols, eps, N=N)
         return out, total
     x = x if delta is None else x + delta
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -108,10 +119,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """SwiGLU's middle (arXiv:2002.05202): gate_up [T, 2I] holds the gates, then the values; silu(gate) * up, [T, I]."""
-    if cpp := cpp_bodies(gate_up):
+    cpp, cuda = compiled(gate_up)
+    if cpp or cuda:
         gate_up = gate_up.contiguous()
-        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-        cpp("silu_mul", gate_up, out, *out.shape)
+        rows, cols = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(rows, cols)
+        if cpp:
+            cpp("silu_mul", gate_up, out, rows, cols)
+        else:
+            N = per_load(out, cols)
+            block = min(256, threads(cols // N))
+            cuda("silu_mul", (-(-cols // (N * block)), rows), block, gate_up, out, cols, N=N)
         return out
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -192,11 +210,15 @@ def rope_and_write_kv(qkv: torch.Tensor, num_heads: int, positions: torch.Tensor
     a view of qkv.
     """
     block_size, kv_heads, head_dim = k_cache.shape[1:]
-    norms = () if q_norm is None else (q_norm, k_norm)
-    if (cpp := cpp_bodies(qkv, k_cache, v_cache, *norms)) and qkv.is_contiguous():
-        cpp("rope_and_write_kv", qkv, positions, slots, table, q_norm, k_norm, k_cache, v_cache,
-            qkv.shape[0], num_heads, kv_heads, head_dim, eps)
-        return qkv.view(qkv.shape[0], -1, head_dim)[:, :num_heads]
+    cpp, cuda = compiled(qkv, k_cache, v_cache, q_norm, k_norm)
+    if (cpp or cuda) and qkv.is_contiguous():
+        tensors = qkv, positions, slots, table, q_norm, k_norm, k_cache, v_cache
+        if cpp:
+            cpp("rope_and_write_kv", *tensors, len(qkv), num_heads, kv_heads, head_dim, eps)
+        else:
+            heads = num_heads + 2 * kv_heads
+            cuda("rope_and_write_kv", (len(qkv), -(-heads // 4)), 128, *tensors, num_heads, kv_heads, eps, D=head_dim)
+        return qkv.view(len(qkv), -1, head_dim)[:, :num_heads]
     q, k, v = qkv.view(qkv.shape[0], -1, head_dim).split([num_heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None:
         q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
@@ -222,14 +244,16 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
     """
     T, num_heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
-    if (cpp := cpp_bodies(q, k_cache, v_cache)) and q.stride(2) == 1 and q.stride(1) == head_dim:
-        block_tables, context_lens, query_start = (
-            t.to(torch.int32).contiguous() for t in (block_tables, context_lens, query_start))
-        out = q.new_empty(T, num_heads, head_dim)
-        cpp("paged_attention", q, k_cache, v_cache, block_tables, context_lens, query_start, out,
-            context_lens.shape[0], block_tables.shape[1], block_size, num_heads, kv_heads, head_dim, q.stride(0), window,
-            scale)
-        return out
+    cpp, cuda = compiled(q, k_cache, v_cache)
+    if (cpp or cuda) and q.stride()[1:] == (head_dim, 1):
+        tables = [t.to(torch.int32).contiguous() for t in (block_tables, context_lens, query_start)]
+        if cpp:
+            out = q.new_empty(T, num_heads, head_dim)
+            cpp("paged_attention", q, k_cache, v_cache, *tables, out, len(context_lens), block_tables.shape[1], block_size,
+                num_heads, kv_heads, head_dim, q.stride(0), window, scale)
+            return out
+        if head_dim % 16 == 0:
+            return _paged_attention_cuda(cuda, q, k_cache, v_cache, *tables, scale, window)
     out, wide = torch.empty_like(q), torch.promote_types(q.dtype, torch.float32)
     starts, lengths = query_start.tolist(), context_lens.tolist()
     for b, (start, end, length) in enumerate(zip(starts, starts[1:], lengths)):
@@ -243,6 +267,28 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
         scores = torch.einsum("nhgd,lhd->hgnl", grouped, k) * scale
         probs = scores.masked_fill(~visible, -math.inf).softmax(-1)
         out[start:end] = torch.einsum("hgnl,lhd->nhgd", probs, v).reshape(end - start, num_heads, head_dim).to(q.dtype)
+    return out
+
+
+def _paged_attention_cuda(cuda, q, k_cache, v_cache, block_tables, context_lens, query_start, scale, window):
+    (T, heads, head_dim), (B, M), (block_size, kv_heads) = q.shape, block_tables.shape, k_cache.shape[1:3]
+    group = heads // kv_heads
+    # More than 8 rows at a time where there are more, and where the registers hold their sums.
+    R = 16 if (T > B or group > 8) and q.element_size() == 2 and head_dim <= 128 else 8
+    decode = T == B and group <= R
+    tiles = B if decode else T * group // R + B
+    # So many blocks that a last round with few of them does not matter, but no split of fewer than 256 keys, or adding up
+    # would cost more than it gains. From shapes alone, so that a captured graph can be replayed.
+    splits = max(1, min(16 * cuda.num_sms // (tiles * kv_heads), M * block_size // 256))
+    out = q.new_empty(T, heads, head_dim)
+    sums = stats = None
+    if splits > 1:
+        sums, stats = (q.new_empty(splits, T, heads, n, dtype=torch.float32) for n in (head_dim, 2))
+    constants = {"D": head_dim, "R": R, "DECODE": int(decode)}
+    cuda("paged_attention", (tiles, kv_heads, splits), 128, q, k_cache, v_cache, block_tables, context_lens, query_start,
+         out, sums, stats, B, M, block_size, T, heads, kv_heads, q.stride(0), window, scale, **constants)
+    if splits > 1:
+        cuda("combine_splits", (-(-T * heads // 4),), 128, sums, stats, out, T * heads, splits, **constants)
     return out
 
 
@@ -308,6 +354,12 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
     cumulative probability passes it. So a row's token depends on that row alone, not on its neighbours or on how often
     anybody sampled before.
     """
+    _, cuda = compiled(logits)
+    if cuda and logits.stride(1) == 1:
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        cuda("sample", (len(logits),), 1024, logits, temperature, top_k, top_p, min_p, noise, tokens, logits.shape[1],
+             logits.stride(0))
+        return tokens
     drawn = (temperature > 0).nonzero()[:, 0]
     if len(drawn) < len(logits):
         tokens = logits.max(-1).indices
@@ -334,6 +386,32 @@ def uniform_noise(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         z = mix(mix(seeds.astype(np.uint64) + golden) + positions.astype(np.uint64) * golden)
     return (z >> np.uint64(11)) * 2.0**-53
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which body runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compiled(*tensors: torch.Tensor | None) -> tuple[CppLibrary | None, CudaKernels | None]:
+    """The compiled bodies for an operation on these tensors, (C++, CUDA): one of the two, or neither.
+
+    They take tensors of one dtype: float32 or bfloat16 on the CPU, these or float16 on a GPU.
+    """
+    dtype, device = tensors[0].dtype, tensors[0].device
+    if all(t is None or t.dtype == dtype for t in tensors):
+        if cuda_on_cpu and dtype in _CUDA_ELEMENTS:
+            return None, cuda_on_cpu(dtype)
+        if device.type == "cpu" and use_cpp and dtype in _ELEMENTS:
+            return cpp_library(dtype), None
+        if device.type == "cuda" and dtype in _CUDA_ELEMENTS:
+            return None, cuda_kernels(device, dtype)
+    return None, None
+
+
+def cache_folder() -> Path:
+    """Where what was compiled is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoserve"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,14 +442,6 @@ class CppLibrary:
         self.functions[name](*(arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args))
 
 
-def cpp_bodies(*tensors: torch.Tensor) -> CppLibrary | None:
-    """The C++ bodies, if these tensors are ones they take: on the CPU, float32 or bfloat16, all of one dtype."""
-    dtype = tensors[0].dtype
-    if use_cpp and tensors[0].is_cpu and dtype in _ELEMENTS and all(t.dtype == dtype for t in tensors):
-        return cpp_library(dtype)
-    return None
-
-
 @functools.cache
 def cpp_library(dtype: torch.dtype) -> CppLibrary | None:
     """The C++ bodies for one dtype, built when first asked for; None, with one warning, where that fails."""
@@ -398,7 +468,7 @@ def _build(compiler: str, element: str) -> Path:
     except (OSError, StopIteration):
         cpu = platform.processor()
     key = hashlib.sha256("\0".join([CPU_SOURCE, compiler, *flags, platform.machine(), cpu]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoserve"
+    folder = cache_folder()
     target = folder / f"cpu-{element}-{key}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -758,5 +828,649 @@ extern "C" void paged_attention(const T* q, const T* k_cache, const T* v_cache, 
             for (int64_t r = 0; r < t.rows; r++) t.finish(r, out + (place(r) * heads + head(r)) * D);
         }
     }
+}
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CUDA C++: compiling and calling
+# ---------------------------------------------------------------------------------------------------------------------
+
+_CUDA_ELEMENTS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class CudaKernels:
+    """The CUDA bodies for one device and element type. Calling it launches a kernel, compiled when first asked for.
+
+    Torch's own NVRTC compiles them, for the very device, and the machine code stays in the user's cache folder.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        from cuda.bindings import driver, nvrtc
+
+        self.driver, self.nvrtc, self.element = driver, nvrtc, _CUDA_ELEMENTS[dtype]
+        properties = torch.cuda.get_device_properties(device)
+        self.device, self.num_sms = device, properties.multi_processor_count
+        self.arch = f"sm_{properties.major}{properties.minor}"
+        self.loaded: dict[tuple, object] = {}
+
+    def __call__(self, name: str, grid: tuple, block: int, *args, **constants) -> None:
+        """Launch kernel `name` on the current stream, over grid (x, y, z) of blocks of `block` threads.
+
+        A tensor is passed as a pointer, None as a null pointer, an int as int, a float as float; `constants` are the
+        numbers that its source leaves open.
+        """
+        key = name, *sorted(constants.items())
+        if key not in self.loaded:
+            self.loaded[key] = self._load(name, constants)
+        pointers, _values = kernel_arguments(args)
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        self._check(self.driver.cuLaunchKernel(self.loaded[key], *grid, *(1,) * (3 - len(grid)), block, 1, 1, 0, stream,
+                                               ctypes.addressof(pointers), 0))
+
+    def _load(self, name, constants):
+        code = nvrtc_compile(cuda_source(name, self.element, **constants), self.arch)
+        module = self._check(self.driver.cuModuleLoadData(code))
+        return self._check(self.driver.cuModuleGetFunction(module, name.encode()))
+
+    def _check(self, result):
+        error, *values = result
+        if error:
+            raise RuntimeError(f"CUDA: {error.name}")
+        return values[0] if values else None
+
+
+@functools.cache
+def cuda_kernels(device: torch.device, dtype: torch.dtype) -> CudaKernels | None:
+    """The CUDA bodies for a device and dtype; None, with one warning, where they cannot be compiled, and before sm_80."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        kernels = CudaKernels(device, dtype)
+        kernels._load("silu_mul", {"N": 1})  # if one compiles, all do: the tests compile every one
+        return kernels
+    except (ImportError, RuntimeError) as error:
+        warnings.warn(f"the CUDA kernels could not be compiled, PyTorch runs instead (slower): {error}", stacklevel=2)
+        return None
+
+
+def cuda_source(name: str, element: str, **constants: int) -> str:
+    """The complete source of a kernel: the prelude, the element type and constants that it leaves open, itself."""
+    source = next(text for key, text in CUDA.items() if re.search(rf"\b{name}\(", text) and key != "prelude")
+    constants = "".join(f"constexpr int {key} = {value};\n" for key, value in constants.items())
+    return f"{CUDA['prelude']}typedef {element} T;\n{constants}{source}"
+
+
+def nvrtc_compile(source: str, arch: str) -> bytes:
+    """Machine code for `arch` (such as sm_90), from the user's cache folder or newly compiled. RuntimeError has the log."""
+    from cuda.bindings import nvrtc
+
+    def check(result):
+        error, *values = result
+        if error:
+            raise RuntimeError(f"NVRTC: {error.name}")
+        return values[0] if values else None
+
+    version = "{}.{}".format(*nvrtc.nvrtcVersion()[1:])
+    key = hashlib.sha256("\0".join([source, arch, version]).encode()).hexdigest()[:16]
+    target = cache_folder() / f"cuda-{arch}-{key}.cubin"
+    if target.exists():
+        return target.read_bytes()
+    program = check(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
+    options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17"]
+    if nvrtc.nvrtcCompileProgram(program, len(options), options)[0]:
+        log = b" " * check(nvrtc.nvrtcGetProgramLogSize(program))
+        check(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(log.decode(errors="replace").strip("\0 "))
+    code = b" " * check(nvrtc.nvrtcGetCUBINSize(program))
+    check(nvrtc.nvrtcGetCUBIN(program, code))
+    check(nvrtc.nvrtcDestroyProgram(program))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
+        file.write(code)
+    Path(file.name).replace(target)  # in one move: another process may be writing the same
+    return code
+
+
+def kernel_arguments(args) -> tuple[ctypes.Array, list]:
+    """Arguments as a launch wants them: an array of pointers to them, and what has to stay alive with it."""
+    values = [ctypes.c_void_p(arg.data_ptr()) if isinstance(arg, torch.Tensor) else
+              ctypes.c_void_p(None) if arg is None else
+              ctypes.c_float(arg) if isinstance(arg, float) else ctypes.c_int(arg) for arg in args]
+    return (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values)), values
+
+
+def per_load(x: torch.Tensor, cols: int) -> int:
+    """How many neighbouring elements a thread can take at once: at most 16 bytes, and a divisor of `cols`."""
+    return math.gcd(cols, 16 // x.element_size())
+
+
+def threads(most: int) -> int:
+    """Threads of a block: whole warps, at most 1,024."""
+    return min(1024, -(-most // 32) * 32)
+
+
+# Each kernel is compiled by itself, after the prelude and the definitions that its comment names.
+CUDA = {}
+
+CUDA["prelude"] = r"""
+struct bf16 { unsigned short bits; };
+struct fp16 { unsigned short bits; };
+
+#ifndef CUDA_ON_CPU  // tutorial/cuda_on_cpu.h says what these mean
+#ifndef INFINITY  // NVRTC has no headers
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+__device__ float bfloat_to_float(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
+__device__ unsigned short float_to_bfloat(float x) {
+    unsigned short bits; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x)); return bits;
+}
+__device__ float half_to_float(unsigned short bits) {
+    float x; asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits)); return x;
+}
+__device__ unsigned short float_to_half(float x) {
+    unsigned short bits; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x)); return bits;
+}
+// d [16, 8] += a [16, 16] b [16, 8] by one warp. Lane 4g + c holds rows g and g+8 of a and d, column g of b; see PTX ISA,
+// mma.m16n8k16: a = {(g; 2c, 2c+1), (g+8; 2c, 2c+1), (g; 2c+8, 2c+9), (g+8; 2c+8, 2c+9)}, b = {(2c, 2c+1; g),
+// (2c+8, 2c+9; g)}, d = {(g, 2c), (g, 2c+1), (g+8, 2c), (g+8, 2c+1)}.
+#define MMA(NAME, TYPE)                                                                                               \
+    __device__ void NAME(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {                             \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, "                 \
+                     "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                                  \
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                 \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                             \
+    }
+MMA(mma_bf16, "bf16")
+MMA(mma_fp16, "f16")
+// An 8 x 8 matrix of 16-bit entries, of which lane 4g + c holds (g; 2c, 2c+1), transposed.
+__device__ unsigned transpose_8x8(unsigned pair) {
+    unsigned out; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair)); return out;
+}
+namespace cuda { template <class V> __device__ void check_aligned(const V*) {} }
+#endif
+
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(bf16 x) { return bfloat_to_float(x.bits); }
+__device__ float to_float(fp16 x) { return half_to_float(x.bits); }
+__device__ void put(float* p, float x) { *p = x; }
+__device__ void put(bf16* p, float x) { p->bits = float_to_bfloat(x); }
+__device__ void put(fp16* p, float x) { p->bits = float_to_half(x); }
+
+// N neighbours, loaded or stored by one instruction.
+template <class T, int N> struct alignas(sizeof(T) * N) Vec { T at[N]; };
+template <class T, int N> __device__ Vec<T, N> load(const T* p) {
+    const Vec<T, N>* v = (const Vec<T, N>*)p;
+    cuda::check_aligned(v);
+    return *v;
+}
+template <class T, int N> __device__ void store(T* p, const Vec<T, N>& x) {
+    Vec<T, N>* v = (Vec<T, N>*)p;
+    cuda::check_aligned(v);
+    *v = x;
+}
+
+constexpr unsigned ALL = 0xffffffff;  // lanes of a warp
+__device__ float warp_sum(float x) {
+    for (int i = 16; i; i /= 2) x += __shfl_xor_sync(ALL, x, i);
+    return x;
+}
+"""
+
+CUDA["add_norm"] = r"""
+// total = x + delta; out = RMSNorm(total) * weight, or LayerNorm where there is a bias. All [rows, cols].
+//
+// Grid (row). A thread takes N neighbours at a time. Reads x and delta, writes total and out, and reads total again, which
+// then lies in the cache: 4 sizeof(T) bytes per entry, a few FLOPs. Left open: T, N (a divisor of cols).
+__device__ float block_sum(float x) {
+    __shared__ float of_warp[32];
+    x = warp_sum(x);
+    __syncthreads();  // whoever still reads the last sum
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
+    __syncthreads();
+    return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? of_warp[threadIdx.x % 32] : 0);
+}
+
+extern "C" __global__ void add_norm(const T* x, const T* delta, const T* weight, const T* bias, T* out, T* total, int cols,
+                                    float eps) {
+    long long row = (long long)blockIdx.x * cols;
+    int step = blockDim.x * N;
+    float sum = 0, squares = 0, mean = 0;
+    for (int i = threadIdx.x * N; i < cols; i += step) {
+        Vec<T, N> a = load<T, N>(x + row + i);
+        if (delta) {
+            Vec<T, N> d = load<T, N>(delta + row + i);
+            // Rounded as it is stored: the norm must see what the next layer's residual will see.
+            for (int j = 0; j < N; j++) put(&a.at[j], to_float(a.at[j]) + to_float(d.at[j]));
+            store<T, N>(total + row + i, a);
+        }
+        for (int j = 0; j < N; j++) sum += to_float(a.at[j]), squares += to_float(a.at[j]) * to_float(a.at[j]);
+    }
+    if (bias) {  // not the mean of squares less the square of the mean: where they are close, nothing would be left
+        mean = block_sum(sum) / cols;
+        squares = 0;
+        for (int i = threadIdx.x * N; i < cols; i += step) {
+            Vec<T, N> a = load<T, N>(total + row + i);
+            for (int j = 0; j < N; j++) squares += (to_float(a.at[j]) - mean) * (to_float(a.at[j]) - mean);
+        }
+    }
+    float scale = rsqrtf(block_sum(squares) / cols + eps);
+    for (int i = threadIdx.x * N; i < cols; i += step) {
+        Vec<T, N> a = load<T, N>(total + row + i), w = load<T, N>(weight + i), b = bias ? load<T, N>(bias + i) : w;
+        for (int j = 0; j < N; j++)
+            put(&a.at[j], (to_float(a.at[j]) - mean) * scale * to_float(w.at[j]) + (bias ? to_float(b.at[j]) : 0));
+        store<T, N>(out + row + i, a);
+    }
+}
+"""
+
+CUDA["silu_mul"] = r"""
+// out[row, i] = silu(gate_up[row, i]) * gate_up[row, cols + i]
+//
+// Grid (piece of a row, row). A thread takes N neighbours. Reads 2, writes 1 sizeof(T) bytes per entry of out.
+// Left open: T, N (a divisor of cols).
+extern "C" __global__ void silu_mul(const T* gate_up, T* out, int cols) {
+    int i = (blockIdx.x * blockDim.x + threadIdx.x) * N;
+    if (i >= cols) return;
+    const T* gates = gate_up + 2ll * blockIdx.y * cols + i;
+    Vec<T, N> gate = load<T, N>(gates), up = load<T, N>(gates + cols);
+    for (int j = 0; j < N; j++) {
+        float x = to_float(gate.at[j]);
+        put(&up.at[j], x / (1 + __expf(-x)) * to_float(up.at[j]));
+    }
+    store<T, N>(out + (long long)blockIdx.y * cols + i, up);
+}
+"""
+
+CUDA["rope_and_write_kv"] = r"""
+// Per token: normalise each head of q and k, rotate it, leave q in place, store k and v into their slot.
+//
+// Grid (token, four heads). A warp takes one head of one token, a lane every 32nd pair (d, d + D/2) of it. Reads and writes
+// each entry of qkv once, and D floats of cos and sin per head. Left open: T, D (even).
+extern "C" __global__ void rope_and_write_kv(T* qkv, const long long* positions, const long long* slots, const float* table,
+                                             const T* q_norm, const T* k_norm, T* k_cache, T* v_cache, int heads,
+                                             int kv_heads, float eps) {
+    constexpr int HALF = D / 2;
+    int head = blockIdx.y * 4 + threadIdx.x / 32, lane = threadIdx.x % 32, token = blockIdx.x;
+    if (head >= heads + 2 * kv_heads) return;
+    bool is_q = head < heads, is_v = head >= heads + kv_heads;
+    T *from = qkv + ((long long)token * (heads + 2 * kv_heads) + head) * D, *to = from;
+    if (!is_q) {
+        long long place = (slots[token] * kv_heads + (head - heads) % kv_heads) * D;
+        to = (is_v ? v_cache : k_cache) + place;
+    }
+    const T* norm = is_v ? nullptr : is_q ? q_norm : k_norm;
+    const float *cos = table + positions[token] * D, *sin = cos + HALF;
+    float scale = 1;
+    if (norm) {
+        float squares = 0;
+        for (int d = lane; d < D; d += 32) squares += to_float(from[d]) * to_float(from[d]);
+        scale = rsqrtf(warp_sum(squares) / D + eps);
+    }
+    for (int d = lane; d < HALF; d += 32) {
+        float a = to_float(from[d]), b = to_float(from[d + HALF]);
+        if (norm) a *= scale * to_float(norm[d]), b *= scale * to_float(norm[d + HALF]);
+        bool turn = table && !is_v;
+        put(&to[d], turn ? a * cos[d] - b * sin[d] : a);
+        put(&to[d + HALF], turn ? b * cos[d] + a * sin[d] : b);
+    }
+}
+"""
+
+CUDA["paged_attention"] = r"""
+// Attention over the paged cache, for any mix of query lengths: split-KV with matrix instructions (FlashDecoding's scheme).
+//
+// Grid (tile, kv head, split). A tile is up to R rows of one request; a row is a (query, head) pair, and all heads that
+// share the kv head are rows of the same tile, so K and V are read once for all of them. The keys that a tile sees are
+// cut into gridDim.z splits; the warps of a block take 16 keys of its split at a time, each for itself, straight from
+// global memory into the registers that the matrix instruction reads. They share nothing until they add up at the end.
+//
+//     scores^T [16 keys, 8 rows]  = K [16 keys, D] q^T [D, 8 rows]              then p = 2^(score - largest so far)
+//     out^T    [D, 8 rows]       += V^T [D, 16 keys] p^T [16 keys, 8 rows]
+//
+// A sum over D does not mind in which order D is taken, nor a matrix of D rows in which order they lie. So a lane loads
+// neighbouring entries, 16 bytes at a time, and counts them as the ones which the instruction expects of it.
+//
+// Reads 2 D sizeof(T) bytes per visible key, kv head and tile, and little else; does 4 D FLOPs per visible key and row. In
+// decoding that is a FLOP per byte and head of the group: memory is the limit. Writes out; with several splits it writes
+// unnormalized sums, and (largest score, sum of p) per row, for `combine_splits`.
+//
+// Left open: T, D (a multiple of 16), R (rows of a tile, 8 or 16), DECODE (1: one query, one tile per request).
+constexpr int WARPS = 4, TILES = R / 8;
+
+// Two entries, as the matrix instruction takes them: two 16-bit numbers in a register, or (float) as they are.
+template <class E> struct PairOf { typedef unsigned type; };
+template <> struct PairOf<float> { typedef float2 type; };
+typedef PairOf<T>::type Pair;
+__device__ constexpr int pairs_per_load(int pairs) {  // the most that make up 16 bytes and divide `pairs`
+    int n = 16 / sizeof(Pair);
+    while (pairs % n) n /= 2;
+    return n;
+}
+constexpr int KP = pairs_per_load(D / 8), VP = pairs_per_load(D / 16);  // a lane's share of a key's row is D/8 pairs
+
+__device__ unsigned make_pair(bf16, float x, float y) { return float_to_bfloat(x) | (unsigned)float_to_bfloat(y) << 16; }
+__device__ unsigned make_pair(fp16, float x, float y) { return float_to_half(x) | (unsigned)float_to_half(y) << 16; }
+__device__ unsigned firsts(unsigned x, unsigned y) { return __byte_perm(x, y, 0x5410); }
+__device__ unsigned seconds(unsigned x, unsigned y) { return __byte_perm(x, y, 0x7632); }
+__device__ unsigned transpose(unsigned x) { return transpose_8x8(x); }
+__device__ void mma(bf16, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { mma_bf16(d, a, b); }
+__device__ void mma(fp16, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { mma_fp16(d, a, b); }
+
+// No matrix instruction keeps the 24 bits of a float, so floats do by shuffles what the instruction does.
+__device__ float2 make_pair(float, float x, float y) { return make_float2(x, y); }
+__device__ float2 firsts(float2 x, float2 y) { return make_float2(x.x, y.x); }
+__device__ float2 seconds(float2 x, float2 y) { return make_float2(x.y, y.y); }
+__device__ float2 shuffle(float2 x, int lane) {
+    return make_float2(__shfl_sync(ALL, x.x, lane), __shfl_sync(ALL, x.y, lane));
+}
+__device__ float2 transpose(float2 x) {
+    int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+    float2 upper = shuffle(x, 8 * c + g / 2), lower = shuffle(x, 8 * c + 4 + g / 2);
+    return g % 2 ? seconds(upper, lower) : firsts(upper, lower);
+}
+__device__ void mma(float, float (&d)[4], const float2 (&a)[4], const float2 (&b)[2]) {
+    int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 2; k++) {
+            float2 row = shuffle(a[2 * k], 4 * g + i), row8 = shuffle(a[2 * k + 1], 4 * g + i);
+            float2 left = shuffle(b[k], 8 * c + i), right = shuffle(b[k], 8 * c + 4 + i);
+            d[0] += row.x * left.x + row.y * left.y;
+            d[1] += row.x * right.x + row.y * right.y;
+            d[2] += row8.x * left.x + row8.y * left.y;
+            d[3] += row8.x * right.x + row8.y * right.y;
+        }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+paged_attention(const T* q, const T* k_cache, const T* v_cache, const int* block_tables, const int* context_lens,
+                const int* query_start, T* out, float* sums, float2* stats, int B, int M, int block_size, int tokens,
+                int heads, int kv_heads, int q_stride, int window, float scale) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
+    const int group = heads / kv_heads, kv_head = blockIdx.y, split = blockIdx.z, splits = gridDim.z;
+
+    // The tiles of request b are numbered from query_start[b] * group / R + b: enough numbers for each, nothing to add up.
+    int b = blockIdx.x, row0 = 0;
+    if (!DECODE) {
+        int high = B - 1;
+        for (b = 0; b < high;) {
+            int middle = (b + high + 1) / 2;
+            if (query_start[middle] * group / R + middle <= (int)blockIdx.x) b = middle; else high = middle - 1;
+        }
+        row0 = ((int)blockIdx.x - query_start[b] * group / R - b) * R;
+    }
+    const int start = query_start[b], n = query_start[b + 1] - start, rows = min(R, n * group - row0);
+    if (rows <= 0) return;
+    auto output_row = [&](int row) {  // of a tile's row: token * heads + head
+        return (long long)(start + (row0 + row) / group) * heads + kv_head * group + (row0 + row) % group;
+    };
+    const int position0 = context_lens[b] - n + row0 / group;  // of the tile's first query
+    const int first = window ? max(0, position0 - window + 1) : 0, end = context_lens[b] - n + (row0 + rows - 1) / group + 1;
+    const int share = ((end - first - 1) / splits / 16 + 1) * 16, from = first + split * share, to = min(end, from + share);
+    if (from >= to) {
+        if ((int)threadIdx.x < rows)
+            stats[(long long)split * tokens * heads + output_row(threadIdx.x)] = make_float2(-INFINITY, 0);
+        return;
+    }
+
+    Pair query[TILES][D / 8];  // row 8t + g
+    int limit[TILES][2];       // the last position that row 8t + 2c + e sees; -1: there is no such row
+    #pragma unroll  // or the arrays would not stay in registers
+    for (int t = 0; t < TILES; t++) {
+        int row = min(8 * t + g, rows - 1);
+        const T* head = q + (long long)(start + (row0 + row) / group) * q_stride
+                      + (kv_head * group + (row0 + row) % group) * D;
+        for (int i = 0; i < D / 8 / KP; i++) {
+            Vec<Pair, KP> x = load<Pair, KP>((const Pair*)head + (4 * i + c) * KP);
+            for (int j = 0; j < KP; j++) query[t][i * KP + j] = x.at[j];
+        }
+        for (int e = 0; e < 2; e++) {
+            int row = 8 * t + 2 * c + e;
+            limit[t][e] = row < rows ? context_lens[b] - n + (row0 + row) / group : -1;
+        }
+    }
+    scale *= 1.44269504f;  // 2^x is what the hardware has
+    float acc[TILES][D / 16][4] = {}, total[TILES][2] = {}, top[TILES][2];
+    for (int t = 0; t < TILES; t++) top[t][0] = top[t][1] = -INFINITY;
+
+    for (int j = from + 16 * warp; j < to; j += 16 * WARPS) {
+        int at = min(j + lane % 16, to - 1), slot = block_tables[b * M + at / block_size] * block_size + at % block_size;
+        Pair k[2][D / 8], v[4][D / 16];  // keys g and g + 8; keys 2c, 2c + 1, 2c + 8, 2c + 9
+        for (int h = 0; h < 2; h++) {
+            const T* key = k_cache + ((long long)__shfl_sync(ALL, slot, g + 8 * h) * kv_heads + kv_head) * D;
+            for (int i = 0; i < D / 8 / KP; i++) {
+                Vec<Pair, KP> x = load<Pair, KP>((const Pair*)key + (4 * i + c) * KP);
+                for (int p = 0; p < KP; p++) k[h][i * KP + p] = x.at[p];
+            }
+        }
+        for (int h = 0; h < 4; h++) {
+            int which = 2 * c + h % 2 + h / 2 * 8;
+            const T* value = v_cache + ((long long)__shfl_sync(ALL, slot, which) * kv_heads + kv_head) * D;
+            for (int i = 0; i < D / 16 / VP; i++) {
+                Vec<Pair, VP> x = load<Pair, VP>((const Pair*)value + (8 * i + g) * VP);
+                for (int p = 0; p < VP; p++) v[h][i * VP + p] = x.at[p];
+            }
+        }
+        #pragma unroll  // or the arrays would not stay in registers
+        for (int t = 0; t < TILES; t++) {
+            float s[4] = {}, shrink[2];  // (key g; rows 2c, 2c + 1), (key g + 8; rows 2c, 2c + 1)
+            for (int i = 0; i < D / 8; i += 2) {
+                Pair a[4] = {k[0][i], k[1][i], k[0][i + 1], k[1][i + 1]}, x[2] = {query[t][i], query[t][i + 1]};
+                mma(T(), s, a, x);
+            }
+            for (int e = 0; e < 2; e++) {
+                float largest = top[t][e];
+                for (int h = 0; h < 2; h++) {
+                    int key = j + g + 8 * h;
+                    bool visible = key < to && key <= limit[t][e] && (!window || key > limit[t][e] - window);
+                    s[2 * h + e] = visible ? s[2 * h + e] * scale : -INFINITY;
+                    largest = fmaxf(largest, s[2 * h + e]);
+                }
+                for (int i = 4; i < 32; i *= 2) largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, i));
+                float base = largest == -INFINITY ? 0 : largest;  // a row that has seen nothing yet
+                shrink[e] = exp2f(top[t][e] - base);
+                for (int h = 0; h < 2; h++) s[2 * h + e] = exp2f(s[2 * h + e] - base);
+                total[t][e] = total[t][e] * shrink[e] + s[e] + s[2 + e];
+                top[t][e] = largest;
+            }
+            Pair p[2] = {transpose(make_pair(T(), s[0], s[1])), transpose(make_pair(T(), s[2], s[3]))};
+            for (int i = 0; i < D / 16; i++) {  // two rows of V^T: the first and the second entry of the lane's pair i
+                for (int e = 0; e < 4; e++) acc[t][i][e] *= shrink[e % 2];
+                Pair a[4] = {firsts(v[0][i], v[1][i]), seconds(v[0][i], v[1][i]),
+                             firsts(v[2][i], v[3][i]), seconds(v[2][i], v[3][i])};
+                mma(T(), acc[t][i], a, p);
+            }
+        }
+    }
+
+    // The warps add up, one after the other: the order of a sum of floats must not depend on who was faster.
+    __shared__ float row_top[WARPS][R], row_total[WARPS][R], row_out[R][D];
+    for (int t = 0; t < TILES; t++)
+        for (int e = 0; e < 2; e++) {
+            for (int i = 4; i < 32; i *= 2) total[t][e] += __shfl_xor_sync(ALL, total[t][e], i);
+            if (g == 0) row_top[warp][8 * t + 2 * c + e] = top[t][e], row_total[warp][8 * t + 2 * c + e] = total[t][e];
+        }
+    __syncthreads();
+    auto largest = [&](int row) {
+        float m = row_top[0][row];
+        for (int w = 1; w < WARPS; w++) m = fmaxf(m, row_top[w][row]);
+        return m;
+    };
+    for (int w = 0; w < WARPS; w++) {
+        if (w == warp)
+            for (int t = 0; t < TILES; t++)
+                for (int e = 0; e < 2; e++) {
+                    int row = 8 * t + 2 * c + e;
+                    float factor = top[t][e] == -INFINITY ? 0 : exp2f(top[t][e] - largest(row));
+                    for (int i = 0; i < D / 16; i++)
+                        for (int h = 0; h < 2; h++) {
+                            float* sum = &row_out[row][((i / VP * 8 + g) * VP + i % VP) * 2 + h];
+                            *sum = (w ? *sum : 0) + acc[t][i][2 * h + e] * factor;
+                        }
+                }
+        __syncthreads();
+    }
+    for (int i = threadIdx.x; i < rows * D; i += 32 * WARPS) {
+        int row = i / D, d = i % D;
+        float m = largest(row), l = 0;
+        for (int w = 0; w < WARPS; w++)
+            if (row_top[w][row] != -INFINITY) l += row_total[w][row] * exp2f(row_top[w][row] - m);
+        if (splits == 1) {
+            put(&out[output_row(row) * D + d], row_out[row][d] / l);
+        } else {
+            long long place = (long long)split * tokens * heads + output_row(row);
+            sums[place * D + d] = row_out[row][d];
+            if (d == 0) stats[place] = make_float2(m, l);
+        }
+    }
+}
+
+// Adds up the splits. Grid (four rows), a warp for each (token, head).
+extern "C" __global__ void combine_splits(const float* sums, const float2* stats, T* out, int rows, int splits) {
+    int row = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= rows) return;
+    float m = -INFINITY, l = 0;
+    for (int s = 0; s < splits; s++) m = fmaxf(m, stats[(long long)s * rows + row].x);
+    float acc[(D + 31) / 32] = {};
+    for (int s = 0; s < splits; s++) {
+        float2 of_split = stats[(long long)s * rows + row];
+        if (of_split.y == 0) continue;  // it saw no key, and wrote no sums
+        float factor = exp2f(of_split.x - m);
+        l += of_split.y * factor;
+        for (int i = 0, d = lane; d < D; i++, d += 32) acc[i] += sums[((long long)s * rows + row) * D + d] * factor;
+    }
+    for (int i = 0, d = lane; d < D; i++, d += 32) put(&out[(long long)row * D + d], acc[i] / l);
+}
+"""
+
+CUDA["sample"] = r"""
+// One token per row of logits: temperature, top-k, top-p, min-p, then the token where the cumulative probability passes
+// the row's noise; temperature 0: the most likely one.
+//
+// Grid (row), 1,024 threads. A row is read once for its maximum, up to four times each for the limits of top-k and top-p,
+// and twice to draw; 150,000 logits of a row stay in the L2 cache meanwhile. Nothing is sorted. All filters come down to a
+// least logit that is kept, and a histogram of the digits of the logits finds it: first of the highest eight bits, then of
+// the next eight among those that agree with it in the first, and so on.
+// Probabilities are integers, in units of 2^-40 of the largest: integer sums are the same in any order, so a row's token
+// does not depend on which thread was faster.
+// Left open: T.
+typedef unsigned long long u64;
+
+// The u64 of all threads before this one; `all` gets that of all threads.
+__device__ u64 prefix_sum(u64 x, u64* all) {
+    __shared__ u64 of_warp[32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    u64 sum = x;
+    for (int i = 1; i < 32; i *= 2) {
+        u64 other = __shfl_up_sync(ALL, sum, i);
+        if (lane >= i) sum += other;
+    }
+    __syncthreads();  // whoever still reads the last sums
+    if (lane == 31) of_warp[warp] = sum;
+    __syncthreads();
+    u64 before = 0;
+    *all = 0;
+    for (int w = 0; w < warps; w++) {
+        if (w < warp) before += of_warp[w];
+        *all += of_warp[w];
+    }
+    return before + sum - x;
+}
+
+struct Row {
+    const T* logits;
+    int V;
+    float largest, temperature;
+    // How far logit i lies below the largest, after temperature: as bits, for non-negative floats sort like their bits.
+    __device__ unsigned depth(int i) const {
+        return __float_as_uint(fmaxf((largest - to_float(logits[i])) / temperature, 0.f));
+    }
+    __device__ static u64 mass(unsigned depth) { return (u64)(__expf(-__uint_as_float(depth)) * 1099511627776.f); }
+};
+
+// The least depth such that the entries up to it, of those within `limit`, add up to `need`. weighted: their masses,
+// else their number. If all together do not: `limit`.
+__device__ unsigned reach(const Row& r, u64 need, unsigned limit, bool weighted) {
+    __shared__ u64 histogram[256];
+    __shared__ unsigned found;
+    unsigned prefix = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        for (int i = threadIdx.x; i < 256; i += blockDim.x) histogram[i] = 0;
+        if (threadIdx.x == 0) found = 256;
+        __syncthreads();
+        for (int i = threadIdx.x; i < r.V; i += blockDim.x) {
+            unsigned d = r.depth(i);
+            if (d <= limit && (shift == 24 || d >> (shift + 8) == prefix))
+                atomicAdd(&histogram[d >> shift & 255], weighted ? Row::mass(d) : 1ull);
+        }
+        __syncthreads();
+        u64 all, here = threadIdx.x < 256 ? histogram[threadIdx.x] : 0, before = prefix_sum(here, &all);
+        if (before < need && need <= before + here) found = threadIdx.x, histogram[0] = before;
+        __syncthreads();
+        if (found == 256) return limit;
+        prefix = prefix << 8 | found;
+        need -= histogram[0];
+        __syncthreads();
+    }
+    return prefix;
+}
+
+extern "C" __global__ void __launch_bounds__(1024)
+sample(const T* logits, const float* temperature, const long long* top_k, const float* top_p, const float* min_p,
+       const double* noise, long long* out, int V, int stride) {
+    __shared__ float warp_largest[32];
+    __shared__ int warp_place[32], choice;
+    const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    Row r = {logits + (long long)row * stride, V, -INFINITY, temperature[row]};
+
+    int place = V;
+    for (int i = threadIdx.x; i < V; i += blockDim.x)
+        if (to_float(r.logits[i]) > r.largest) r.largest = to_float(r.logits[i]), place = i;
+    auto merge = [&](float other, int at) {  // of equal ones the first
+        if (other > r.largest || (other == r.largest && at < place)) r.largest = other, place = at;
+    };
+    for (int i = 16; i; i /= 2) {
+        float other = __shfl_xor_sync(ALL, r.largest, i);
+        merge(other, __shfl_xor_sync(ALL, place, i));
+    }
+    if (lane == 0) warp_largest[warp] = r.largest, warp_place[warp] = place;
+    __syncthreads();
+    for (int w = 0; w < warps; w++) merge(warp_largest[w], warp_place[w]);
+    if (r.temperature == 0 || place == V) {  // all -inf or NaN: any token will do, the caller will refuse it
+        if (threadIdx.x == 0) out[row] = place == V ? 0 : place;
+        return;
+    }
+
+    unsigned limit = 0x7f7fffff;  // the deepest that is kept; -inf is deeper
+    if (top_k[row] > 0) limit = reach(r, top_k[row], limit, false);
+    if (top_p[row] < 1) {
+        u64 mine = 0, all;
+        for (int i = threadIdx.x; i < V; i += blockDim.x) if (r.depth(i) <= limit) mine += Row::mass(r.depth(i));
+        prefix_sum(mine, &all);
+        limit = reach(r, max((u64)ceil((double)top_p[row] * (double)all), 1ull), limit, true);
+    }
+    if (min_p[row] > 0) limit = min(limit, __float_as_uint(fmaxf(-logf(min_p[row]), 0.f)));
+
+    // Draw: each warp adds up one stretch of the vocabulary, the warp whose stretch is hit goes through it again.
+    const int stretch = (V + 32 * warps - 1) / (32 * warps) * 32, begin = warp * stretch, end = min(V, begin + stretch);
+    u64 mine = 0, all;
+    for (int i = begin + lane; i < end; i += 32) if (r.depth(i) <= limit) mine += Row::mass(r.depth(i));
+    u64 before = __shfl_sync(ALL, prefix_sum(mine, &all), 0);
+    u64 target = min((u64)(noise[row] * (double)all), all - 1);
+    if (threadIdx.x == 0) choice = place;
+    __syncthreads();
+    for (int i = begin; i < end; i += 32) {
+        u64 sum = i + lane < end && r.depth(i + lane) <= limit ? Row::mass(r.depth(i + lane)) : 0;
+        for (int j = 1; j < 32; j *= 2) {
+            u64 other = __shfl_up_sync(ALL, sum, j);
+            if (lane >= j) sum += other;
+        }
+        unsigned beyond = __ballot_sync(ALL, before + sum > target);
+        if (before <= target && beyond && lane == __ffs(beyond) - 1) choice = i + lane;
+        before += __shfl_sync(ALL, sum, 31);
+        if (before > target) break;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) out[row] = choice;
 }
 """

@@ -827,9 +827,9 @@ class LLM:
         """One line on what runs where, so that a slow run explains itself."""
         c, gib = self.model.config, self.cache.data.nbytes / 2**30
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
-        if self.device.type == "cpu":
-            cpp = kernels.cpp_bodies(self.model.embed) is not None
-            device += f" ({torch.get_num_threads()} threads, {'C++' if cpp else 'PyTorch'} kernels)"
+        cpp, cuda = kernels.compiled(self.model.embed)
+        threads = f"{torch.get_num_threads()} threads, " if self.device.type == "cpu" else ""
+        device += f" ({threads}{'C++' if cpp else 'CUDA C++' if cuda else 'PyTorch'} kernels)"
         return (f"{c.family}, {self.model.num_parameters / 1e6:,.1f}M parameters, {str(self.model.dtype)[6:]} on {device}, "
                 f"{self.pool.num_usable:,} KV blocks of {self.pool.block_size} tokens ({gib:.2f} GiB), at most "
                 f"{self.scheduler.max_batch_requests} requests and {self.scheduler.max_batch_tokens} tokens a step")

@@ -1,11 +1,15 @@
-"""Every operation of kernels.py: the PyTorch definition against plain float64 formulas, the C++ body against both.
+"""Every operation of kernels.py, in every body that it has, against plain float64 formulas.
 
-Memory nobody wrote holds NaN here (fresh tensors as well as the cache's unwritten slots), so whatever reads or returns
-it shows. Where there is no C++ compiler the tests of the C++ bodies are skipped, visibly.
+The bodies: PyTorch, the definition; C++ for the CPU; CUDA C++ run on the CPU (tutorial/cuda_on_cpu.py), its threads in
+order and in reverse; and with `-m gpu`, the same CUDA C++ on a GPU. Memory nobody wrote holds NaN here (fresh tensors as
+well as the cache's unwritten slots), so whatever reads or returns it shows. Where there is no C++ compiler the tests that
+need one are skipped, visibly.
 """
 
 import random
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,22 +17,50 @@ import torch.nn.functional as F
 
 import kernels
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tutorial"))
+import cuda_on_cpu  # noqa: E402
+
 torch.set_num_threads(1)
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
-# Largest error against float64 on the same inputs: rounding of the sums, and for bf16 of the result (8 bits).
-TOLERANCE = {F64: {"rtol": 1e-11, "atol": 1e-12}, F32: {"rtol": 2e-5, "atol": 2e-5}, BF16: {"rtol": 1e-2, "atol": 1e-2}}
-BODIES = [("torch", F64), ("torch", F32), ("torch", BF16), ("cpp", F32), ("cpp", BF16)]
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+# Largest error against float64 on the same inputs: rounding of the sums, and of the result (bf16 has 8 bits, fp16 11).
+TOLERANCE = {dtype: {"rtol": error, "atol": error}
+             for dtype, error in ((F64, 1e-11), (F32, 2e-5), (BF16, 1e-2), (F16, 2e-3))}
+BODIES = [("torch", F64), ("torch", F32), ("torch", BF16), ("cpp", F32), ("cpp", BF16),
+          ("cuda", F32), ("cuda", BF16), ("cuda", F16), ("cuda-reversed", F32), ("cuda-reversed", BF16),
+          *(pytest.param(("gpu", dtype), marks=pytest.mark.gpu) for dtype in (F32, BF16, F16))]
 every_body = pytest.mark.parametrize("body", BODIES, ids=lambda b: f"{b[0]}-{str(b[1])[6:]}", indirect=True)
+OPERATIONS = ("add_norm", "silu_mul", "rope_and_write_kv", "paged_attention", "sample")
 
 
 @pytest.fixture
 def body(request, monkeypatch):
-    """Run with the PyTorch or the C++ bodies; the value is the dtype."""
+    """Run with one of the bodies; the value is the dtype."""
     which, dtype = request.param
     monkeypatch.setattr(kernels, "use_cpp", which == "cpp")
-    if which == "cpp" and kernels.cpp_library(dtype) is None:
+    if which == "cpp" and kernels.cpp_library(dtype) is None or which.startswith("cuda") and not cuda_on_cpu.compiler():
         pytest.skip("no C++ compiler here")
-    return dtype
+    if which == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU here")
+        for name in OPERATIONS:
+            monkeypatch.setattr(kernels, name, on_gpu(getattr(kernels, name)))
+    if which.startswith("cuda"):
+        with cuda_on_cpu.enabled(reverse=which.endswith("reversed")):
+            yield dtype
+    else:
+        yield dtype
+
+
+def on_gpu(operation):
+    """The operation on copies of its arguments on the GPU; what it returns, and what it did to its arguments, comes back."""
+    def run(*args):
+        moved = [arg.cuda() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        result = operation(*moved)
+        for arg, there in zip(args, moved):
+            if isinstance(arg, torch.Tensor):
+                arg.copy_(there)
+        return tuple(t.cpu() for t in result) if isinstance(result, tuple) else result.cpu()
+    return run
 
 
 @pytest.fixture(autouse=True)
@@ -221,9 +253,9 @@ def test_bf16_is_rounded_to_nearest_even():
 
 
 def test_float64_and_float16_take_the_pytorch_path():
-    assert kernels.cpp_bodies(torch.zeros(1, dtype=F64)) is None
-    assert kernels.cpp_bodies(torch.zeros(1, dtype=torch.float16)) is None
-    assert kernels.cpp_bodies(torch.zeros(1), torch.zeros(1, dtype=BF16)) is None  # a cache of another dtype
+    assert kernels.compiled(torch.zeros(1, dtype=F64)) == (None, None)
+    assert kernels.compiled(torch.zeros(1, dtype=F16)) == (None, None)
+    assert kernels.compiled(torch.zeros(1), None, torch.zeros(1, dtype=BF16)) == (None, None)  # a cache of another dtype
     x = randn(1, 2, 8, dtype=torch.float16)
     out, _ = kernels.add_norm(x, None, torch.ones(8, dtype=torch.float16), None, 1e-6)
     torch.testing.assert_close(out.float(), F.rms_norm(x.float(), (8,), eps=1e-6), rtol=1e-2, atol=1e-2)

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,10 +28,21 @@ def test_nothing_is_left_to_fill_in():
 
 
 def test_the_python_in_the_readme_runs(capsys):
-    (code,) = blocks("python")
+    code = blocks("python")[0]
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert "'output_tokens'" in printed and len(printed) > 200
+
+
+def test_the_cuda_kernel_in_the_readme_runs(monkeypatch):
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler here")
+    (code,) = blocks("python")[1:]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    scope = {}
+    exec(compile(code + "    launched = kernels.compiled(torch.zeros(1))[1]", "README.md", "exec"), scope)
+    assert isinstance(scope["launched"], scope["cuda_on_cpu"].CudaOnCpu)
 
 
 @pytest.mark.parametrize("line", [line.split(" #")[0] for block in blocks("bash") for line in block.splitlines()

@@ -1,0 +1,252 @@
+"""The CUDA kernels where there is no GPU: run by tutorial/cuda_on_cpu.py, compiled by NVRTC and nvcc where these are.
+
+That every kernel computes what its definition says is in test_kernels.py and, for `sample`, here. The rest of this file
+is about what runs them: that the emulation notices what a GPU would leave undefined, that the kernels are the ones that
+run, that they compile, and that the engine gets the same tokens from them.
+"""
+
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from nanoserve import LLM, SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tutorial"))
+import cuda_on_cpu  # noqa: E402
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+needs_compiler = pytest.mark.skipif(not cuda_on_cpu.compiler(), reason="no C++ compiler here")
+
+
+# ---- sampling ----
+
+
+def draw(seed, S=24, V=1000, dtype=F32):
+    """Arguments of `sample`: every filter alone and with others, off in some rows, greedy in some."""
+    g = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(S, V, generator=g) * 3).to(dtype)
+    logits[1, ::3] = -torch.inf
+
+    def column(values, off, keep):  # `off` in all but every keep-th row
+        return torch.where(torch.arange(S) % keep == 0, values, off)
+
+    temperature = column(torch.zeros(S), torch.rand(S, generator=g) * 1.5 + 0.2, 7)
+    top_k = column(torch.randint(1, 50, (S,), generator=g), torch.tensor(0), 2)
+    top_p = column(torch.rand(S, generator=g) * 0.9 + 0.05, torch.tensor(1.0), 3)
+    min_p = column(torch.rand(S, generator=g) * 0.3, torch.tensor(0.0), 5)
+    return logits, temperature, top_k, top_p, min_p, torch.rand(S, generator=g, dtype=torch.float64)
+
+
+@needs_compiler
+@pytest.mark.parametrize("reverse", [False, True], ids=["", "reversed"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("V", [5, 33, 1000, 4097])
+def test_sample_draws_what_the_definition_draws(V, dtype, reverse):
+    for seed in range(2):
+        arguments = draw(seed, V=V, dtype=dtype)
+        expected = kernels.sample(*arguments)
+        with cuda_on_cpu.enabled(reverse):
+            assert torch.equal(kernels.sample(*arguments), expected)
+
+
+@needs_compiler
+def test_sample_reaches_every_kept_token_and_no_other():
+    """Noise over all of [0, 1): each kept token is drawn as often as its probability says, to one draw in 400."""
+    logits, n = torch.tensor([[2.0, -torch.inf, 1.0, 0.5, 1.0, -3.0]]).repeat(400, 1), 400
+    noise = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    for k, p, least in ((0, 1.0, 0.0), (2, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.4), (4, 0.9, 0.1)):
+        columns = [torch.full((n,), value, dtype=t) for value, t in ((0.8, F32), (k, torch.int64), (p, F32), (least, F32))]
+        probabilities = kernels.token_probabilities(logits[:1], *(c[:1] for c in columns))[0]
+        with cuda_on_cpu.enabled():
+            counts = kernels.sample(logits, *columns, noise).bincount(minlength=6)
+        assert ((counts / n - probabilities).abs() <= 1 / n + 1e-6).all()
+        assert not counts[probabilities == 0].any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_sample_of_a_row_without_sense_is_still_a_token(value):
+    """The caller refuses such a row; until then no index may leave the vocabulary."""
+    logits, *columns, noise = draw(3)
+    logits[4] = value
+    with cuda_on_cpu.enabled():
+        tokens = kernels.sample(logits, *columns, noise)
+    assert 0 <= tokens[4] < logits.shape[1]
+
+
+# ---- splitting ----
+
+
+@needs_compiler
+@pytest.mark.parametrize("num_sms", [1, 8, 64])
+@pytest.mark.parametrize("window", [0, 70])
+def test_the_number_of_splits_does_not_change_attention(num_sms, window, monkeypatch):
+    """Wide tables and many multiprocessors: up to sixteen splits, most of which see nothing of the short requests."""
+    monkeypatch.setattr(cuda_on_cpu.CudaOnCpu, "num_sms", num_sms)
+    launched = record_launches(monkeypatch)
+    lengths, block_size, D = [1, 17, 500, 1100], 16, 32
+    caches = [torch.randn(80 * 2, block_size, 2, D, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    tables = torch.tensor(random.Random(0).sample(range(1, 160), 4 * 35)).view(4, 35).int().repeat(1, 8)
+    tables[3] = torch.arange(280) % 159 + 1
+    q = torch.randn(4, 6, D, generator=torch.Generator().manual_seed(2))
+    arguments = (q, *caches, tables, torch.tensor(lengths).int(), torch.arange(5).int(), D**-0.5, window)
+    expected = kernels.paged_attention(*arguments)
+    with cuda_on_cpu.enabled():
+        torch.testing.assert_close(kernels.paged_attention(*arguments), expected, rtol=1e-5, atol=1e-5)
+    splits = {grid[2] for name, grid in launched if name == "paged_attention"}
+    assert splits == {{1: 2, 8: 16, 64: 17}[num_sms]} and ("combine_splits" in dict(launched))
+
+
+def record_launches(monkeypatch):
+    """The (name, grid) of every launch from here on."""
+    launched, run = [], cuda_on_cpu.CudaOnCpu.__call__
+
+    def call(self, name, grid, *args, **constants):
+        launched.append((name, grid))
+        run(self, name, grid, *args, **constants)
+
+    monkeypatch.setattr(cuda_on_cpu.CudaOnCpu, "__call__", call)
+    return launched
+
+
+# ---- the engine ----
+
+
+@needs_compiler
+@pytest.mark.parametrize("reverse", [False, True], ids=["", "reversed"])
+def test_the_engine_gets_the_same_tokens_from_the_cuda_kernels(reverse, monkeypatch):
+    """Chunked prompts, decoding and preemption in one run, greedy and sampled requests side by side, in float32."""
+    prompts = ["Once upon a time there was a fox", "Long ago", "The", "What colour was the kite? " * 6]
+    params = [SamplingParams(max_tokens=24, ignore_eos=True, temperature=t, top_k=k, top_p=p, seed=3)
+              for t, k, p in ((0, 0, 1.0), (0.9, 0, 1.0), (0.7, 20, 0.9), (0, 0, 1.0))]
+
+    def run():
+        llm = LLM(dtype="float32", max_batch_tokens=24, kv_memory=6 * 65_536)
+        outputs = [out.token_ids for out in llm.generate(prompts, params)]
+        assert llm.stats()["preemptions"] > 0
+        return outputs
+
+    expected = run()
+    launched = record_launches(monkeypatch)
+    with cuda_on_cpu.enabled(reverse):
+        assert run() == expected
+    assert {name for name, _ in launched} >= {"add_norm", "silu_mul", "rope_and_write_kv", "paged_attention", "sample"}
+
+
+# ---- what the emulation notices ----
+
+MISTAKES = {
+    "fine": ("out[threadIdx.x] = __shfl_xor_sync(ALL, x[threadIdx.x], 1);", None),
+    "lanes part": ("if (threadIdx.x < 8) x[0] = __shfl_xor_sync(ALL, 1.f, 1);", "not all lanes meet"),
+    "lanes meet elsewhere": ("if (threadIdx.x < 8) __shfl_xor_sync(ALL, 1, 1); else __ballot_sync(ALL, true);",
+                             "not all lanes meet; lane 0 is at __shfl_xor_sync"),
+    "a barrier in a branch of a warp": ("if (threadIdx.x < 8) __syncthreads(); else __shfl_xor_sync(ALL, 1, 1);",
+                                        "not all lanes meet"),
+    "a misaligned load": ("out[threadIdx.x] = load<float, 4>(x + threadIdx.x).at[0];", "not aligned to 16 bytes"),
+    "a write past the end": ("out[threadIdx.x + 1] = 1;", "outside of its tensor"),
+    "a write before the start": ("if (threadIdx.x == 0) out[-1] = 1;", "outside of its tensor"),
+}
+
+
+def launch(monkeypatch, body, threads=64, blocks=1, reverse=False):
+    """Run a kernel with this body, given x and out, [threads] floats."""
+    monkeypatch.setitem(kernels.CUDA, "mistake",
+                        f'extern "C" __global__ void mistake(float* x, float* out) {{ {body} }}')
+    x, out = torch.arange(threads).float(), torch.full((threads,), -1.0)
+    cuda_on_cpu.CudaOnCpu(F32, reverse)("mistake", (blocks,), threads, x, out)
+    return out
+
+
+@needs_compiler
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_undefined_behaviour_is_an_error(mistake, monkeypatch):
+    body, message = MISTAKES[mistake]
+    if message:
+        with pytest.raises(RuntimeError, match=message):
+            launch(monkeypatch, body)
+    assert launch(monkeypatch, MISTAKES["fine"][0]).tolist() == [i ^ 1 for i in range(64)]  # and leaves nothing behind
+
+
+@needs_compiler
+def test_what_lies_outside_of_a_tensor_and_shared_memory_at_first_is_nan(monkeypatch):
+    assert launch(monkeypatch, "out[threadIdx.x] = x[threadIdx.x + 64];").isnan().all()
+    shared = "__shared__ float s[64]; out[threadIdx.x] = s[threadIdx.x]; __syncthreads(); s[threadIdx.x] = 1;"
+    assert launch(monkeypatch, shared, blocks=2).isnan().all()  # also when the block before has written it
+
+
+@needs_compiler
+def test_a_missing_barrier_shows_in_reverse(monkeypatch):
+    code = "__shared__ float s[64]; s[threadIdx.x] = x[threadIdx.x]; BARRIER out[threadIdx.x] = s[threadIdx.x / 32 * 32];"
+    with_barrier = [launch(monkeypatch, code.replace("BARRIER", "__syncthreads();"), reverse=r) for r in (False, True)]
+    without = [launch(monkeypatch, code.replace("BARRIER", ""), reverse=r) for r in (False, True)]
+    assert torch.equal(*with_barrier) and not torch.equal(without[0].nan_to_num(-7), without[1].nan_to_num(-7))
+
+
+@needs_compiler
+def test_impossible_launches_are_refused(monkeypatch):
+    for threads, blocks in ((33, (1,)), (2048, (1,)), (32, (1, 70_000))):
+        with pytest.raises(RuntimeError, match="this launch"):
+            cuda_on_cpu.CudaOnCpu(F32)("silu_mul", blocks, threads, torch.zeros(64), torch.zeros(32), 32, N=1)
+
+
+@needs_compiler
+def test_half_precision_is_converted_like_torch_does(monkeypatch):
+    """All 65,536 halves to float and back, and floats halfway between two of them."""
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    exact = bits.view(F16).float()
+    between = torch.nextafter(exact, torch.tensor(0.0)), (exact + exact.roll(1)) / 2
+    monkeypatch.setitem(kernels.CUDA, "convert", """extern "C" __global__ void convert(const fp16* a, float* b, fp16* c) {
+        int i = blockIdx.x * blockDim.x + threadIdx.x; b[i] = to_float(a[i]); put(&c[i], b[i]); }""")
+    monkeypatch.setitem(kernels.CUDA, "narrow", """extern "C" __global__ void narrow(const float* a, fp16* b) {
+        int i = blockIdx.x * blockDim.x + threadIdx.x; put(&b[i], a[i]); }""")
+    wide, back = torch.empty(len(bits)), torch.empty(len(bits), dtype=F16)
+    cuda_on_cpu.CudaOnCpu(F16)("convert", (256,), 256, bits.view(F16), wide, back)
+    torch.testing.assert_close(wide, exact, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(back, exact.to(F16), rtol=0, atol=0, equal_nan=True)
+    for floats in between:
+        cuda_on_cpu.CudaOnCpu(F16)("narrow", (256,), 256, floats, back)
+        torch.testing.assert_close(back, floats.to(F16), rtol=0, atol=0, equal_nan=True)
+
+
+# ---- compiling for a GPU ----
+
+HEAD_SIZES = (64, 80, 96, 128, 256)
+KERNELS = [("add_norm", {"N": 8}), ("silu_mul", {"N": 8}), ("rope_and_write_kv", {"D": 128}), ("sample", {}),
+           *(("paged_attention", {"D": D, "R": R, "DECODE": R == 8}) for D in HEAD_SIZES for R in (8, 16))]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_nvrtc_compiles_every_kernel(arch, monkeypatch, tmp_path):
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="no NVRTC here")
+    try:
+        nvrtc.nvrtcVersion()
+    except RuntimeError as error:
+        pytest.skip(f"no NVRTC here: {error}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, constants in KERNELS:
+        source = kernels.cuda_source(name, "bf16", **{key: int(value) for key, value in constants.items()})
+        code = kernels.nvrtc_compile(source, arch)
+        assert code.startswith(b"\x7fELF") and name.encode() in code
+        assert kernels.nvrtc_compile(source, arch) == code  # from the cache folder
+    assert len(list(tmp_path.glob(f"nanoserve/cuda-{arch}-*.cubin"))) == len(KERNELS)
+    with pytest.raises(RuntimeError, match="nonsense"):
+        kernels.nvrtc_compile(kernels.CUDA["prelude"] + "nonsense;", arch)
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc here")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_decode_kernels_do_not_spill(arch, tmp_path):
+    """Arrays that leave the registers go to memory, and memory is what decoding waits for."""
+    for D in HEAD_SIZES:
+        (path := tmp_path / "kernel.cu").write_text(kernels.cuda_source("paged_attention", "bf16", D=D, R=8, DECODE=1))
+        command = ["nvcc", f"-arch={arch}", "-cubin", "-Xptxas", "-v", "-o", str(tmp_path / "kernel.cubin"), str(path)]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+        assert spills == [("0", "0", "0")] * 2, (D, log)

@@ -1,0 +1,295 @@
+// CUDA C++ without a GPU: enough of the language's meaning to run the kernels of kernels.py on a CPU, exactly as they are.
+//
+// A kernel is compiled as ordinary C++ with this header in front of it. The threads of a block become coroutines on one
+// operating system thread, each with a stack of its own; they take turns, and change over only where CUDA lets threads
+// meet: at __syncthreads() and at the operations of a warp (shuffles, votes, matrix instructions). Blocks run one after
+// the other. So a run is deterministic, and printf and breakpoints work as in any program.
+//
+// What a GPU leaves undefined is made visible where that is cheap:
+//   * lanes of a warp that meet at different operations, or a barrier that some thread never reaches: an error
+//   * a vector load or store that is not aligned to its size: an error
+//   * shared memory that is read before it is written: it starts as NaN in every block
+//   * a missing __syncthreads(): thread order can be reversed, which must not change any result
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <csetjmp>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <type_traits>
+#include <ucontext.h>
+#include <utility>
+#include <vector>
+
+#define CUDA_ON_CPU
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+#ifdef __ELF__  // collected in one place, so that it can be poisoned
+#define __shared__ static __attribute__((section("cuda_shared")))
+extern "C" char __start_cuda_shared[] __attribute__((weak)), __stop_cuda_shared[] __attribute__((weak));
+#else
+#define __shared__ static
+#endif
+
+struct dim3 { unsigned x, y, z; };
+struct alignas(8) float2 { float x, y; };
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+
+namespace cuda {
+
+constexpr int WARP = 32, STACK = 128 << 10, SLOT = 64;
+enum State { READY, AT_WARP, AT_BLOCK, DONE };
+
+struct Thread {
+    dim3 index;
+    State state;
+    const char* where;                 // the operation this thread waits at
+    unsigned turn = 0;                 // warp operations so far; the slots alternate, as a fast lane may be one ahead
+    alignas(16) char slot[2][SLOT];    // what this lane brought to a warp operation
+    bool started;
+    jmp_buf at;
+    std::vector<char> stack;
+};
+
+static std::vector<Thread> threads;  // of the block that runs
+static Thread* current;
+static jmp_buf scheduler;
+static ucontext_t main_context;
+static dim3 block_index, block_dim, grid_dim;
+static std::string error;
+static void (*body)(void**);
+static void** arguments;
+
+[[noreturn]] static void fail(const std::string& message) {
+    error = "block (" + std::to_string(block_index.x) + ", " + std::to_string(block_index.y) + ", "
+          + std::to_string(block_index.z) + "), thread " + std::to_string(current->index.x) + ": " + message;
+    _longjmp(scheduler, 2);
+}
+
+static void wait(State state, const char* where) {
+    current->state = state;
+    current->where = where;
+    if (_setjmp(current->at) == 0) _longjmp(scheduler, 1);
+}
+
+static void entry() {
+    body(arguments);
+    current->state = DONE;
+    _longjmp(scheduler, 1);
+}
+
+static void resume(Thread& t) {
+    current = &t;
+    if (t.started) _longjmp(t.at, 1);
+    t.started = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = t.stack.data();
+    context.uc_stack.ss_size = t.stack.size();
+    context.uc_link = nullptr;
+    makecontext(&context, entry, 0);
+    setcontext(&context);
+}
+
+// Runs the block's threads until all are done; false if there was an error.
+static bool run_block(bool reverse) {
+    volatile int n = int(threads.size()), progress = 1;
+    while (progress) {
+        progress = 0;
+        for (volatile int w = 0; w < n; w += WARP) {
+            for (volatile int i = 0; i < WARP; i++) {
+                Thread& t = threads[w + (reverse ? WARP - 1 - i : i)];
+                if (t.state != READY) continue;
+                progress = 1;
+                int how = _setjmp(scheduler);
+                if (how == 0) resume(t);
+                if (how == 2) return false;
+            }
+            int at_warp = 0;
+            for (int i = 0; i < WARP; i++) at_warp += threads[w + i].state == AT_WARP;
+            if (at_warp == 0) continue;
+            for (int i = 0; i < WARP; i++) {
+                Thread& t = threads[w + i];
+                if (at_warp < WARP || strcmp(t.where, threads[w].where)) {
+                    error = "warp " + std::to_string(w / WARP) + ": not all lanes meet; lane 0 is at " + threads[w].where
+                          + ", lane " + std::to_string(i) + " at " + t.where;
+                    if (t.state != AT_WARP || strcmp(t.where, threads[w].where)) return false;
+                }
+            }
+            if (at_warp < WARP) return false;
+            for (int i = 0; i < WARP; i++) threads[w + i].state = READY;
+            progress = 1;
+        }
+        bool all = true, any = false;
+        for (Thread& t : threads) {
+            all = all && (t.state == AT_BLOCK || t.state == DONE);
+            any = any || t.state == AT_BLOCK;
+        }
+        if (all && any) {
+            progress = 1;
+            for (Thread& t : threads)
+                if (t.state == AT_BLOCK) t.state = READY;
+        }
+    }
+    return true;
+}
+
+static const char* launch(void (*kernel)(void**), dim3 grid, dim3 block, void** args, bool reverse) {
+    body = kernel;
+    arguments = args;
+    grid_dim = grid;
+    block_dim = block;
+    error.clear();
+    if (block.y != 1 || block.z != 1 || block.x % WARP || block.x > 1024 || grid.y > 65535 || grid.z > 65535)
+        return "this launch is not one that cuda_on_cpu.h (or CUDA) can do";
+    threads.resize(block.x);
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x++) {
+                block_index = {x, y, z};
+#ifdef __ELF__
+                if (__start_cuda_shared) memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared);
+#endif
+                for (unsigned i = 0; i < block.x; i++) {
+                    Thread& t = threads[i];
+                    t.index = {i, 0, 0};
+                    t.state = READY;
+                    t.turn = 0;
+                    t.where = "its start or end";
+                    t.started = false;
+                    t.stack.resize(STACK);
+                }
+                if (!run_block(reverse)) return error.c_str();
+            }
+    return nullptr;
+}
+
+// All lanes of a warp meet, each brings a value and sees those of the others: lane(i) is what lane i brought.
+template <class V>
+struct Meeting {
+    Thread* warp;
+    unsigned parity;
+    V lane(int i) const { V v; memcpy(&v, warp[i].slot[parity], sizeof v); return v; }
+};
+template <class V>
+static Meeting<V> meet(const char* name, const V& mine) {
+    static_assert(sizeof(V) <= SLOT, "a lane brings at most SLOT bytes");
+    Thread* t = current;
+    unsigned parity = t->turn++ % 2;
+    memcpy(t->slot[parity], &mine, sizeof mine);
+    wait(AT_WARP, name);
+    return {&threads[t->index.x / WARP * WARP], parity};
+}
+
+static int lane_id() { return current->index.x % WARP; }
+
+template <class V>
+static void check_aligned(const V* p) {
+    if (uintptr_t(p) % alignof(V)) fail("a vector access is not aligned to " + std::to_string(alignof(V)) + " bytes");
+}
+
+// A kernel of any signature, called through an array of pointers to its arguments.
+template <class... A, size_t... I>
+static void apply(void (*kernel)(A...), void** args, std::index_sequence<I...>) {
+    kernel(*(std::remove_reference_t<A>*)args[I]...);
+}
+template <class... A>
+static void apply(void (*kernel)(A...), void** args) { apply(kernel, args, std::index_sequence_for<A...>()); }
+
+}  // namespace cuda
+
+#define threadIdx (cuda::current->index)
+#define blockIdx cuda::block_index
+#define blockDim cuda::block_dim
+#define gridDim cuda::grid_dim
+
+static inline void __syncthreads() { cuda::wait(cuda::AT_BLOCK, "__syncthreads"); }
+static inline void __syncwarp() { cuda::meet("__syncwarp", 0); }
+template <class V> static V __shfl_sync(unsigned, V v, int lane) { return cuda::meet("__shfl_sync", v).lane(lane % 32); }
+template <class V> static V __shfl_xor_sync(unsigned, V v, int mask) {
+    return cuda::meet("__shfl_xor_sync", v).lane(cuda::lane_id() ^ mask);
+}
+template <class V> static V __shfl_up_sync(unsigned, V v, int delta) {
+    auto all = cuda::meet("__shfl_up_sync", v);
+    return all.lane(cuda::lane_id() < delta ? cuda::lane_id() : cuda::lane_id() - delta);
+}
+static inline unsigned __ballot_sync(unsigned, bool v) {
+    auto all = cuda::meet("__ballot_sync", v);
+    unsigned bits = 0;
+    for (int i = 0; i < 32; i++) bits |= unsigned(all.lane(i)) << i;
+    return bits;
+}
+
+template <class V> static V atomicAdd(V* p, V v) { V old = *p; *p = old + v; return old; }  // nobody else runs meanwhile
+
+static inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
+static inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
+static inline int __ffs(unsigned u) { return __builtin_ffs(u); }
+static inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+#define __expf(x) std::exp(x)
+static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    uint64_t both = uint64_t(y) << 32 | x;
+    unsigned out = 0;
+    for (int i = 0; i < 4; i++) out |= unsigned(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return out;
+}
+using std::max;
+using std::min;
+
+// ---- What kernels.py's prelude does in PTX on a GPU: conversions, and the two matrix instructions.
+
+static inline float bfloat_to_float(unsigned short bits) { return __uint_as_float(unsigned(bits) << 16); }
+static inline unsigned short float_to_bfloat(float f) {  // to nearest, ties to even; NaN stays NaN
+    unsigned u = __float_as_uint(f);
+    return f != f ? 0x7fff : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+}
+static inline float half_to_float(unsigned short bits) {
+    int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    float f = exponent == 31 ? (fraction ? NAN : INFINITY)
+            : exponent ? std::ldexp(float(1024 + fraction), exponent - 25) : std::ldexp(float(fraction), -24);
+    return bits >> 15 ? -f : f;
+}
+static inline unsigned short float_to_half(float f) {
+    unsigned short sign = __float_as_uint(f) >> 31 << 15;
+    f = std::fabs(f);
+    if (f != f) return 0x7fff;
+    if (f >= 65520) return sign | 0x7c00;
+    int exponent = std::max(std::ilogb(std::max(f, 1e-30f)), -14);
+    int fraction = int(std::nearbyint(std::ldexp(f, 10 - exponent)));  // 1024 .. 2048, below that subnormal
+    return sign | (((exponent + 14) << 10) + fraction);
+}
+template <float TO_FLOAT(unsigned short)>
+static void mma_16x8x16(const char* name, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    struct Both { unsigned a[4], b[2]; } mine;
+    memcpy(mine.a, a, sizeof a);
+    memcpy(mine.b, b, sizeof b);
+    auto all = cuda::meet(name, mine);
+    auto half = [](unsigned pair, int i) { return TO_FLOAT((unsigned short)(pair >> 16 * i)); };
+    int g = cuda::lane_id() / 4, c = cuda::lane_id() % 4;
+    for (int i = 0; i < 4; i++) {
+        int upper = i / 2, n = 2 * c + i % 2;  // this is entry (g + 8 upper, n)
+        float sum = 0;
+        for (int lane = 0; lane < 4; lane++) {
+            Both row = all.lane(4 * g + lane), column = all.lane(4 * n + lane);
+            for (int k = 0; k < 4; k++) sum += half(row.a[upper + k / 2 * 2], k % 2) * half(column.b[k / 2], k % 2);
+        }
+        d[i] += sum;
+    }
+}
+static inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    mma_16x8x16<bfloat_to_float>("mma", d, a, b);
+}
+static inline void mma_fp16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    mma_16x8x16<half_to_float>("mma", d, a, b);
+}
+static inline unsigned transpose_8x8(unsigned pair) {
+    auto all = cuda::meet("movmatrix", pair);
+    int row = cuda::lane_id() / 4, column = cuda::lane_id() % 4 * 2;  // of the result
+    auto entry = [&](int r, int c) { return all.lane(4 * r + c / 2) >> 16 * (c % 2) & 0xffff; };
+    return entry(column, row) | entry(column + 1, row) << 16;
+}
