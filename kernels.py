@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -58,12 +59,94 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, gelu: bool = False) -> torch.Tensor:
+@dataclass
+class LowBitWeight:
+    """A weight [out, in] in 8 or 4 bits: code * scale, one scale for every `group` neighbouring inputs of an output.
+
+    codes: int8 [out, in], or for 4 bits int32 [out, in / 8], a word holding code + 8 of inputs 2i and 2i + 1 of its eight
+    in bits 4i and 4i + 16: a shift and a mask then leave two neighbours where a GPU wants a pair. scales: bfloat16
+    [out, in / group]. Survey A III.B · B 3.2.1 · C KV Cache Optimization: Compression Strategies.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    is_mkldnn = False
+
+    @property
+    def bits(self) -> int:
+        """8 or 4."""
+        return 8 if self.codes.dtype == torch.int8 else 4
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.codes.shape[0], self.codes.shape[1] * (1 if self.bits == 8 else 8)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight that this stands for, [out, in]."""
+        codes = self.codes
+        if self.bits == 4:
+            shifts = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32, device=codes.device)
+            codes = ((codes[..., None] >> shifts) & 15).flatten(1) - 8
+        grouped = codes.float().view(len(codes), self.scales.shape[1], -1)
+        return (grouped * self.scales.float()[..., None]).flatten(1).to(dtype)
+
+
+def quantize(weight: torch.Tensor, bits: int, group: int | None = None) -> LowBitWeight:
+    """Round a weight [out, in] to the nearest of 2^bits - 1 evenly spaced values, in groups that share a scale.
+
+    bits 8, by default one group per output; bits 4, by default groups of 32 (64 and 128 are usual too). ValueError if the
+    groups do not divide the inputs. Survey B 3.2.1 (arXiv:2208.07339 for what 8 bits per channel cost).
+    """
+    group = group or (weight.shape[1] if bits == 8 else 32)
+    if bits not in (8, 4) or weight.shape[1] % group or (bits == 4 and group % 32):
+        raise ValueError(f"quantize: {bits} bits in groups of {group} do not fit a weight with {weight.shape[1]} inputs "
+                         f"(8 bits: any divisor; 4 bits: a divisor that is a multiple of 32)")
+    most = 2 ** (bits - 1) - 1
+    grouped = weight.float().view(len(weight), -1, group)
+    # The scale is rounded first, so that its rounding costs nothing: codes are relative to what will be multiplied by.
+    scales = (grouped.abs().amax(-1) / most).clamp(min=1e-30).bfloat16()
+    codes = (grouped / scales.float()[..., None]).round().clamp(-most, most).to(torch.int8).flatten(1)
+    if bits == 4:
+        shifts = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], device=codes.device)
+        words = ((codes.long() + 8).view(len(codes), -1, 8) << shifts).sum(-1)
+        codes = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    return LowBitWeight(codes, scales)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor | LowBitWeight, bias: torch.Tensor | None = None, gelu: bool = False
+           ) -> torch.Tensor:
     """x [T, in] times weight [out, in], transposed, plus bias [out]; then GELU (tanh form) if asked. Returns [T, out]."""
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "tanh" if gelu else "")
-    y = F.linear(x, weight, bias)
+    if isinstance(weight, LowBitWeight):
+        y = _low_bit_linear(x, weight)
+        y = y if bias is None else y + bias
+    else:
+        y = F.linear(x, weight, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
+
+
+def _low_bit_linear(x, weight):
+    """For a few rows the weight is read as it is and widened on the way; for many it is widened once."""
+    rows, (outputs, inputs), groups = len(x), weight.shape, weight.scales.shape[1]
+    cpp, cuda = compiled(x)
+    if cpp and rows <= 64:
+        x, out = x.contiguous(), x.new_empty(rows, outputs)
+        cpp("low_bit_linear", x, weight.codes, weight.scales, out, rows, outputs, inputs, groups, weight.bits)
+        return out
+    step = 64 if weight.bits == 8 else 128  # inputs that a warp takes at a time
+    if cuda and rows <= 64 and x.element_size() == 2 and inputs % step == 0 and (weight.bits == 4 or groups == 1):
+        x, out = x.contiguous(), x.new_empty(rows, outputs)
+        cuda("low_bit_linear", (-(-outputs // 16), -(-rows // 8)), 256, x, weight.codes, weight.scales, out, rows, outputs,
+             inputs, inputs // groups, BITS=weight.bits)
+        return out
+    return F.linear(x, weight.dequantize(x.dtype))
 
 
 def mixture_of_experts(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up, down) -> torch.Tensor:
@@ -430,6 +513,7 @@ class CppLibrary:
         "silu_mul": [_P] * 2 + [_I] * 2,
         "rope_and_write_kv": [_P] * 8 + [_I] * 4 + [_F],
         "paged_attention": [_P] * 7 + [_I] * 8 + [_F],
+        "low_bit_linear": [_P] * 4 + [_I] * 5,
     }
 
     def __init__(self, path: Path):
@@ -486,6 +570,7 @@ CPU_SOURCE = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -647,6 +732,70 @@ extern "C" void rope_and_write_kv(T* qkv, const int64_t* positions, const int64_
             std::copy(v, v + kv_heads * D, v_cache + slots[t] * kv_heads * D);
         }
     }
+}
+
+// ---- out[row, o] = sum over k of x[row, k] * code[o, k] * scale[o, k / group]: four outputs at a time are widened to
+// floats, which stay in the nearest cache, and multiplied with all rows. So the codes are read once, however many rows.
+static void widen(const int8_t* codes, float scale, float* to, int64_t n) {
+    #pragma omp simd
+    for (int64_t k = 0; k < n; k++) to[k] = codes[k] * scale;
+}
+static void widen(const uint32_t* words, float scale, float* to, int64_t n) {  // eight codes a word, n a multiple of 16
+    const vecu shifts = {0, 16, 4, 20, 8, 24, 12, 28, 0, 16, 4, 20, 8, 24, 12, 28};
+    for (int64_t k = 0; k < n; k += 16) {
+        uint32_t a = words[k / 8], b = words[k / 8 + 1];
+        vecu both = {a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
+        store(to + k, __builtin_convertvector((veci)(both >> shifts & 15) - 8, vec) * scale);
+    }
+}
+template <class C>
+static void low_bit(const T* x, const C* codes, const bf16* scales, T* out, int64_t rows, int64_t outputs, int64_t inputs,
+                    int64_t groups, int64_t per_code) {
+    int64_t group = inputs / groups;
+    #pragma omp parallel if (outputs * inputs > BIG)
+    {
+        std::vector<float> scratch(4 * inputs);
+        float* wide = scratch.data();
+        #pragma omp for
+        for (int64_t o = 0; o < outputs; o += 4) {
+            int64_t some = std::min<int64_t>(4, outputs - o);
+            for (int64_t i = 0; i < some; i++)
+                for (int64_t g = 0; g < groups; g++)
+                    widen(codes + ((o + i) * inputs + g * group) / per_code, to_float(scales[(o + i) * groups + g]),
+                          wide + i * inputs + g * group, group);
+            for (int64_t r = 0; r < rows; r += 4) {
+                vec acc[4][4] = {};
+                const T* row[4];
+                for (int j = 0; j < 4; j++) row[j] = x + std::min(r + j, rows - 1) * inputs;
+                auto product = [&](auto n) {  // n rows of x
+                    int64_t k = 0;
+                    for (; k + W <= inputs; k += W) {
+                        vec w[4];
+                        for (int i = 0; i < 4; i++) w[i] = load(wide + i * inputs + k);
+                        for (int j = 0; j < n; j++) {
+                            vec v = load(row[j] + k);
+                            for (int i = 0; i < 4; i++) acc[j][i] += v * w[i];
+                        }
+                    }
+                    for (int j = 0; j < n; j++)
+                        for (int i = 0; i < some; i++) {
+                            float y = sum(acc[j][i]);
+                            for (int64_t d = k; d < inputs; d++) y += to_float(row[j][d]) * wide[i * inputs + d];
+                            put(&out[(r + j) * outputs + o + i], y);
+                        }
+                };
+                if (rows - r == 1) product(std::integral_constant<int, 1>());
+                else if (rows - r == 2) product(std::integral_constant<int, 2>());
+                else if (rows - r == 3) product(std::integral_constant<int, 3>());
+                else product(std::integral_constant<int, 4>());
+            }
+        }
+    }
+}
+extern "C" void low_bit_linear(const T* x, const void* codes, const bf16* scales, T* out, int64_t rows, int64_t outputs,
+                               int64_t inputs, int64_t groups, int64_t bits) {
+    if (bits == 8) low_bit(x, (const int8_t*)codes, scales, out, rows, outputs, inputs, groups, 1);
+    else low_bit(x, (const uint32_t*)codes, scales, out, rows, outputs, inputs, groups, 8);
 }
 
 // ---- Attention over the paged cache. The rows of a task are (query, head) pairs. Online softmax (arXiv:1805.02867): m is
@@ -983,6 +1132,13 @@ __device__ unsigned short float_to_half(float x) {
     }
 MMA(mma_bf16, "bf16")
 MMA(mma_fp16, "f16")
+// a * b + c, for both halves.
+__device__ unsigned fma_bf16x2(unsigned a, unsigned b, unsigned c) {
+    unsigned d; asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); return d;
+}
+__device__ unsigned fma_fp16x2(unsigned a, unsigned b, unsigned c) {
+    unsigned d; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); return d;
+}
 // An 8 x 8 matrix of 16-bit entries, of which lane 4g + c holds (g; 2c, 2c+1), transposed.
 __device__ unsigned transpose_8x8(unsigned pair) {
     unsigned out; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair)); return out;
@@ -1015,6 +1171,12 @@ __device__ float warp_sum(float x) {
     for (int i = 16; i; i /= 2) x += __shfl_xor_sync(ALL, x, i);
     return x;
 }
+
+// Two 16-bit numbers in a register, as the matrix instruction takes them, and the instruction for either kind.
+__device__ unsigned make_pair(bf16, float x, float y) { return float_to_bfloat(x) | (unsigned)float_to_bfloat(y) << 16; }
+__device__ unsigned make_pair(fp16, float x, float y) { return float_to_half(x) | (unsigned)float_to_half(y) << 16; }
+__device__ void mma(bf16, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { mma_bf16(d, a, b); }
+__device__ void mma(fp16, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { mma_fp16(d, a, b); }
 """
 
 CUDA["add_norm"] = r"""
@@ -1149,13 +1311,9 @@ __device__ constexpr int pairs_per_load(int pairs) {  // the most that make up 1
 }
 constexpr int KP = pairs_per_load(D / 8), VP = pairs_per_load(D / 16);  // a lane's share of a key's row is D/8 pairs
 
-__device__ unsigned make_pair(bf16, float x, float y) { return float_to_bfloat(x) | (unsigned)float_to_bfloat(y) << 16; }
-__device__ unsigned make_pair(fp16, float x, float y) { return float_to_half(x) | (unsigned)float_to_half(y) << 16; }
 __device__ unsigned firsts(unsigned x, unsigned y) { return __byte_perm(x, y, 0x5410); }
 __device__ unsigned seconds(unsigned x, unsigned y) { return __byte_perm(x, y, 0x7632); }
 __device__ unsigned transpose(unsigned x) { return transpose_8x8(x); }
-__device__ void mma(bf16, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { mma_bf16(d, a, b); }
-__device__ void mma(fp16, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { mma_fp16(d, a, b); }
 
 // No matrix instruction keeps the 24 bits of a float, so floats do by shuffles what the instruction does.
 __device__ float2 make_pair(float, float x, float y) { return make_float2(x, y); }
@@ -1340,6 +1498,71 @@ extern "C" __global__ void combine_splits(const float* sums, const float2* stats
         for (int i = 0, d = lane; d < D; i++, d += 32) acc[i] += sums[((long long)s * rows + row) * D + d] * factor;
     }
     for (int i = 0, d = lane; d < D; i++, d += 32) put(&out[(long long)row * D + d], acc[i] / l);
+}
+"""
+
+CUDA["low_bit_linear"] = r"""
+// out[row, o] = sum over k of x[row, k] * code[o, k] * scale[o, k / group], for a few rows.
+//
+// Grid (16 outputs, 8 rows). The warps of a block share out k; each reads codes straight into registers, 16 bytes at a
+// time, turns them into pairs of T, and multiplies: codes [16, k] times x^T [k, 8 rows]. A sum over k does not mind its
+// order, so a lane calls the neighbours that it loads by the numbers that the instruction gives to its lanes.
+// Reads each code once for every 8 rows, and x from the cache; does 2 FLOPs per code and row: memory is the limit.
+// Left open: T (16 bits), BITS (8: one scale per output, applied to the sum; 4: one per group, applied to the pairs).
+constexpr int WARPS = 8, PER_LANE = 128 / BITS;  // codes in 16 bytes
+
+__device__ unsigned fma2(bf16, unsigned a, unsigned b, unsigned c) { return fma_bf16x2(a, b, c); }
+__device__ unsigned fma2(fp16, unsigned a, unsigned b, unsigned c) { return fma_fp16x2(a, b, c); }
+__device__ unsigned twice(float x) { return make_pair(T(), x, x); }
+// Bits of the T from which on neighbouring Ts are one apart: 128 for bf16, 1024 for fp16. Its last bits are an integer.
+__device__ unsigned base_bits(bf16) { return 0x43004300; }
+__device__ unsigned base_bits(fp16) { return 0x64006400; }
+__device__ float base(bf16) { return 128; }
+__device__ float base(fp16) { return 1024; }
+
+// The i-th of the pairs that a lane's 16 bytes hold.
+__device__ unsigned widen(const Vec<unsigned, 4>& codes, int i, float scale) {
+    if (BITS == 8) {
+        unsigned two = codes.at[i / 2] >> (i % 2 * 16);
+        return make_pair(T(), (float)(signed char)two, (float)(signed char)(two >> 8));
+    }
+    unsigned pair = (codes.at[i / 4] >> (i % 4 * 4) & 0x000f000f) | base_bits(T());
+    return fma2(T(), fma2(T(), pair, twice(1), twice(-base(T()) - 8)), twice(scale), twice(-0.f));
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+low_bit_linear(const T* x, const void* codes, const bf16* scales, T* out, int rows, int outputs, int inputs, int group) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
+    const int o = blockIdx.x * 16, r = blockIdx.y * 8;
+    float acc[4] = {};  // (output g; rows 2c, 2c + 1), (output g + 8; rows 2c, 2c + 1)
+    #pragma unroll 2
+    for (int k = (4 * warp + c) * PER_LANE; k < inputs; k += 4 * WARPS * PER_LANE) {
+        Vec<unsigned, 4> w[2];
+        float scale[2];
+        for (int h = 0; h < 2; h++) {  // past the last output: the last one again, to be dropped
+            long long at = (long long)min(o + g + 8 * h, outputs - 1) * inputs + k;
+            w[h] = load<unsigned, 4>((const unsigned*)codes + at * BITS / 32);
+            scale[h] = BITS == 4 ? to_float(scales[at / group]) : 1;
+        }
+        const T* row = x + (long long)min(r + g, rows - 1) * inputs + k;
+        for (int i = 0; i < PER_LANE / 2; i += 4) {
+            Vec<unsigned, 4> v = load<unsigned, 4>((const unsigned*)row + i);
+            for (int j = 0; j < 4; j += 2) {
+                unsigned a[4], b[2] = {v.at[j], v.at[j + 1]};
+                for (int e = 0; e < 4; e++) a[e] = widen(w[e % 2], i + j + e / 2, scale[e % 2]);
+                mma(T(), acc, a, b);
+            }
+        }
+    }
+    __shared__ float sums[WARPS][16][8];
+    for (int e = 0; e < 4; e++) sums[warp][g + e / 2 * 8][2 * c + e % 2] = acc[e];
+    __syncthreads();
+    int output = threadIdx.x / 8, row = threadIdx.x % 8;
+    if (output >= 16 || o + output >= outputs || r + row >= rows) return;
+    float sum = 0;
+    for (int w = 0; w < WARPS; w++) sum += sums[w][output][row];
+    if (BITS == 8) sum *= to_float(scales[o + output]);
+    put(&out[(long long)(r + row) * outputs + o + output], sum);
 }
 """
 

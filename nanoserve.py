@@ -49,6 +49,7 @@ from scheduler import FINISHED, Request, Scheduler
 
 log = logging.getLogger("nanoserve")
 DEFAULT_MODEL = Path(__file__).parent / "tutorial" / "model"
+LOW_BITS = {"int8": 8, "int4": 4}  # what weights can be quantized to: one scale per output; one per 32 inputs of it
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -246,8 +247,11 @@ class GPT:
     Survey A II.A · B 2.1, 3.1.2 · C Background. (arXiv:1706.03762)
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, max_len: int | None = None):
-        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, max_len: int | None = None,
+                 quantize: str | None = None):
+        if quantize not in (None, *LOW_BITS):
+            raise ValueError(f"quantize: must be {' or '.join(LOW_BITS)}, got {quantize!r}")
+        self.config, self.dtype, self.device, self.quantize = config, dtype, torch.device(device), quantize
         self.max_len = max_len or config.max_len
         self.layers = [Layer() for _ in range(config.num_layers)]
         self.embed = self.position_embed = self.final_norm = self.final_norm_bias = self.head = None
@@ -303,9 +307,9 @@ class GPT:
         return qkv if clip is None else qkv.clamp_(-clip, clip)
 
     def set(self, place: Place, weight: torch.Tensor) -> None:
-        """Install one weight; what is multiplied with is reordered for that first (see `kernels.pack_weight`)."""
+        """Install one weight; what is multiplied with is made ready for that first: quantized, or reordered."""
         if place.name in ("qkv", "o", "gate_up", "down", "router", "head"):
-            weight = kernels.pack_weight(weight)
+            weight = self._ready(weight, place.name)
         owner = self if place.layer is None else self.layers[place.layer]
         if place.expert is None:
             setattr(owner, place.name, weight)
@@ -313,7 +317,12 @@ class GPT:
             setattr(owner, place.name, getattr(owner, place.name) or [None] * self.config.num_experts)
             getattr(owner, place.name)[place.expert] = weight
         if place.name == "embed" and self.config.tie_embeddings:
-            self.head = kernels.pack_weight(weight)
+            self.head = self._ready(weight, "head")
+
+    def _ready(self, weight, name):
+        if self.quantize and name != "router":  # a router is small, and decides between experts on small differences
+            return kernels.quantize(weight, LOW_BITS[self.quantize])
+        return kernels.pack_weight(weight)
 
     def randomize(self, seed: int = 0, std: float = 0.02) -> GPT:
         """Normal weights, norms of one: for measuring a shape's speed, where values do not matter. Returns itself."""
@@ -323,6 +332,11 @@ class GPT:
             is_norm = place.name.endswith("norm")
             self.set(place, weight.fill_(1) if is_norm else weight.normal_(0, std, generator=generator))
         return self
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Of the weights that are multiplied with; 4-bit ones with their scales."""
+        return {None: self.dtype.itemsize, "int8": 1, "int4": 0.5 + 2 / 32}[self.quantize]
 
     @property
     def num_parameters(self) -> int:
@@ -412,17 +426,18 @@ def parameters(c: ModelConfig) -> list[Place]:
     return list({(place.layer, place.name, place.expert): place for place in layout(c).values()}.values())
 
 
-def load(folder: Path, device: torch.device, dtype: torch.dtype, max_len: int | None = None) -> GPT:
+def load(folder: Path, device: torch.device, dtype: torch.dtype, max_len: int | None = None, quantize: str | None = None
+         ) -> GPT:
     """Read a Hugging Face folder (config.json and safetensors, sharded or not) into a GPT.
 
-    Tensor by tensor: peak memory is the model plus its largest weight. ValueError names any tensor that is missing,
-    left over or of the wrong shape, and any file that is absent or damaged.
+    Weight by weight, quantized as it comes if asked: peak memory is the model plus its largest weight. ValueError names
+    any tensor that is missing, left over or of the wrong shape, and any file that is absent or damaged.
     """
     from safetensors import SafetensorError
     from tqdm import tqdm
 
     config = ModelConfig.from_dict(read_json(folder / "config.json"))
-    model, places, surplus = GPT(config, dtype, device, max_len), layout(config), []
+    model, places, surplus = GPT(config, dtype, device, max_len, quantize), layout(config), []
     tied = {"lm_head.weight"} if config.tie_embeddings else set()
     parts: dict[tuple, tuple[torch.Tensor, int]] = {}  # parameters that wait for more rows, and how many
     progress = tqdm(total=len(places), desc="loading", unit=" tensors", leave=False,
@@ -750,15 +765,17 @@ class LLM:
 
     model: a folder in Hugging Face format, a name on its hub, a GPT, or None for the small model in tutorial/
     device: "auto" (CUDA where there is one, else the CPU), "cuda", "cpu", "mps"; dtype: "auto" or a name in DTYPES
+    quantize: None, "int8" or "int4": round weights to so many bits while loading (not embeddings, norms and routers)
     kv_memory: bytes for the KV cache, or a fraction of the free memory below 1; None: 0.85 on a GPU, 1 GiB elsewhere
     max_batch_tokens: the token budget of a step; max_batch_requests: how many requests run at once (256, or the budget)
     policy: "fcfs", "priority", "shortest", or a function of a Request whose smallest value goes first
     """
 
     def __init__(self, model: str | os.PathLike | GPT | None = None, *, device: str = "auto", dtype: str = "auto",
-                 kv_memory: float | int | None = None, block_size: int = 16, max_batch_tokens: int | None = None,
-                 max_batch_requests: int | None = None, max_model_len: int | None = None,
-                 policy: str | Callable[[Request], object] = "fcfs", prefix_caching: bool = True, seed: int = 0):
+                 quantize: str | None = None, kv_memory: float | int | None = None, block_size: int = 16,
+                 max_batch_tokens: int | None = None, max_batch_requests: int | None = None,
+                 max_model_len: int | None = None, policy: str | Callable[[Request], object] = "fcfs",
+                 prefix_caching: bool = True, seed: int = 0):
         for name, value in (("block_size", block_size), ("max_batch_tokens", max_batch_tokens),
                             ("max_batch_requests", max_batch_requests), ("max_model_len", max_model_len)):
             if value is not None and (type(value) is not int or value < 1):
@@ -770,9 +787,9 @@ class LLM:
         if not 1 < self.max_model_len <= longest:
             raise ValueError(f"max_model_len: must be from 2 to the model's {longest}, got {max_model_len}")
         if folder:
-            self._load(folder, config, pick_device(device), dtype)
-        elif (device, dtype) != ("auto", "auto"):
-            raise ValueError("device, dtype: a GPT has its own already")
+            self._load(folder, config, pick_device(device), dtype, quantize)
+        elif (device, dtype, quantize) != ("auto", "auto", None):
+            raise ValueError("device, dtype, quantize: a GPT has its own already")
         else:
             self.model, self.tokenizer, self.eos_ids = model, None, frozenset(config.eos_ids)
         self.device = self.model.device
@@ -794,7 +811,7 @@ class LLM:
                                       "finished", "aborted"), 0)
         log.info(self.describe())
 
-    def _load(self, folder, config, device, dtype):
+    def _load(self, folder, config, device, dtype, quantize):
         self.tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
         if self.tokenizer and self.tokenizer.vocab_size > config.vocab_size:
             raise ValueError(f"tokenizer.json: has ids up to {self.tokenizer.vocab_size - 1}, the model's vocabulary ends "
@@ -802,7 +819,7 @@ class LLM:
         generation = folder / "generation_config.json"
         eos = as_ids(read_json(generation).get("eos_token_id")) if generation.exists() else ()
         self.eos_ids = frozenset(token for token in eos or config.eos_ids if 0 <= token < config.vocab_size)
-        self.model = load(folder, device, pick_dtype(dtype, device, config.dtype), self.max_model_len)
+        self.model = load(folder, device, pick_dtype(dtype, device, config.dtype), self.max_model_len, quantize)
 
     def _num_blocks(self, kv_memory, block_size, max_batch_requests) -> int:
         c, device = self.model.config, self.device
@@ -830,7 +847,8 @@ class LLM:
         cpp, cuda = kernels.compiled(self.model.embed)
         threads = f"{torch.get_num_threads()} threads, " if self.device.type == "cpu" else ""
         device += f" ({threads}{'C++' if cpp else 'CUDA C++' if cuda else 'PyTorch'} kernels)"
-        return (f"{c.family}, {self.model.num_parameters / 1e6:,.1f}M parameters, {str(self.model.dtype)[6:]} on {device}, "
+        dtype = (f"{self.model.quantize} weights, " if self.model.quantize else "") + str(self.model.dtype)[6:]
+        return (f"{c.family}, {self.model.num_parameters / 1e6:,.1f}M parameters, {dtype} on {device}, "
                 f"{self.pool.num_usable:,} KV blocks of {self.pool.block_size} tokens ({gib:.2f} GiB), at most "
                 f"{self.scheduler.max_batch_requests} requests and {self.scheduler.max_batch_tokens} tokens a step")
 
@@ -1265,18 +1283,18 @@ def measure_roofline(dtype: torch.dtype, device: torch.device) -> tuple[float, f
 class Roofline:
     """Adds up, step by step, the least time that the work could take: the larger of bytes / bandwidth and FLOPs / rate.
 
-    Bytes: all weights once a step, and each request's keys and values once. FLOPs: two per weight and token (the
-    output layer only for sampled rows) and four per query, key, head and dimension. Survey B 2.3.
+    Bytes: all weights once a step, as they are stored, and each request's keys and values once. FLOPs: two per weight
+    and token (the output layer only for sampled rows) and four per query, key, head and dimension. Survey B 2.3.
     """
 
     def __init__(self, llm: LLM, bandwidth: float, flops: float):
         c, self.bandwidth, self.flops, self.seconds, self.llm = llm.model.config, bandwidth, flops, 0.0, llm
-        self.itemsize = llm.model.dtype.itemsize
+        self.weight_bytes = llm.model.bytes_per_weight
         self.head = c.vocab_size * c.hidden_size
         self.body = sum(math.prod(p.shape) for p in parameters(c) if len(p.shape) > 1
                         and p.name not in ("embed", "position_embed", "head")
                         and (p.expert is None or p.expert < c.experts_per_token))
-        self.kv_bytes = KVCache.bytes_per_block(c.num_layers, 1, c.num_kv_heads, c.head_dim, self.itemsize)
+        self.kv_bytes = KVCache.bytes_per_block(c.num_layers, 1, c.num_kv_heads, c.head_dim, llm.model.dtype.itemsize)
         self.per_pair = 4 * c.num_heads * c.head_dim * c.num_layers
         self.schedule, llm.scheduler.schedule = llm.scheduler.schedule, self._watch
 
@@ -1285,7 +1303,7 @@ class Roofline:
         tokens, sampled = sum(n for _, n in plan), sum(request.num_behind == n for request, n in plan)
         pairs = sum(n * request.num_computed + n * (n + 1) // 2 for request, n in plan)
         context = sum(request.num_computed + n for request, n in plan)
-        moved = (self.body + self.head) * self.itemsize + context * self.kv_bytes
+        moved = (self.body + self.head) * self.weight_bytes + context * self.kv_bytes
         flops = 2 * (self.body * tokens + self.head * sampled) + self.per_pair * pairs
         self.seconds += max(moved / self.bandwidth, flops / self.flops) if plan else 0.0
         return plan
@@ -1366,7 +1384,8 @@ def bench(args: argparse.Namespace) -> None:
     config = ModelConfig.from_dict(shape)
     dtype = pick_dtype(args.dtype, device, config.dtype if folder else "bfloat16")
     bandwidth, flops = measure_roofline(dtype, device)  # first, so that its buffers do not count as the engine's
-    llm = make_llm(args, None if folder else GPT(config, dtype, device, args.max_model_len).randomize(args.seed))
+    model = None if folder else GPT(config, dtype, device, args.max_model_len, args.quantize).randomize(args.seed)
+    llm = make_llm(args, model)
     vocab = llm.model.config.vocab_size
     work = (nano_vllm_workload(vocab, args.seed) if args.nano_vllm else
             workload(args.requests, args.input_len, args.output_len, vocab, args.seed))
@@ -1421,7 +1440,7 @@ Each takes --model FOLDER or hub name (default: the small model that comes along
 
 def make_llm(args: argparse.Namespace, model=None) -> LLM:
     """An LLM from the command line's options."""
-    where = {} if model else {"device": args.device, "dtype": args.dtype}
+    where = {} if model else {"device": args.device, "dtype": args.dtype, "quantize": args.quantize}
     return LLM(model or args.model, **where, kv_memory=args.kv_memory,
                max_batch_tokens=args.max_batch_tokens, max_batch_requests=args.max_batch_requests,
                max_model_len=args.max_model_len, seed=random.getrandbits(63) if args.seed is None else args.seed)
@@ -1472,6 +1491,7 @@ def parser_for(command: str) -> argparse.ArgumentParser:
     engine.add_argument("--model", help="a folder in Hugging Face format or a name on its hub")
     engine.add_argument("--device", default="auto", help="cpu, cuda or mps; otherwise the best there is")
     engine.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)}; otherwise what suits model and device")
+    engine.add_argument("--quantize", choices=LOW_BITS, help="round the weights to 8 or 4 bits while loading")
     engine.add_argument("--kv-memory", type=parse_memory, help="of the KV cache: 512MiB, 2GB, or a fraction of what is free")
     engine.add_argument("--max-batch-tokens", type=int, help="token budget of a step")
     engine.add_argument("--max-batch-requests", type=int, help="requests that run at once (256)")

@@ -219,6 +219,7 @@ def test_half_precision_is_converted_like_torch_does(monkeypatch):
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 KERNELS = [("add_norm", {"N": 8}), ("silu_mul", {"N": 8}), ("rope_and_write_kv", {"D": 128}), ("sample", {}),
+           ("low_bit_linear", {"BITS": 8}), ("low_bit_linear", {"BITS": 4}),
            *(("paged_attention", {"D": D, "R": R, "DECODE": R == 8}) for D in HEAD_SIZES for R in (8, 16))]
 
 

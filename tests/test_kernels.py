@@ -29,7 +29,7 @@ BODIES = [("torch", F64), ("torch", F32), ("torch", BF16), ("cpp", F32), ("cpp",
           ("cuda", F32), ("cuda", BF16), ("cuda", F16), ("cuda-reversed", F32), ("cuda-reversed", BF16),
           *(pytest.param(("gpu", dtype), marks=pytest.mark.gpu) for dtype in (F32, BF16, F16))]
 every_body = pytest.mark.parametrize("body", BODIES, ids=lambda b: f"{b[0]}-{str(b[1])[6:]}", indirect=True)
-OPERATIONS = ("add_norm", "silu_mul", "rope_and_write_kv", "paged_attention", "sample")
+OPERATIONS = ("add_norm", "silu_mul", "rope_and_write_kv", "paged_attention", "sample", "linear")
 
 
 @pytest.fixture
@@ -53,9 +53,14 @@ def body(request, monkeypatch):
 
 def on_gpu(operation):
     """The operation on copies of its arguments on the GPU; what it returns, and what it did to its arguments, comes back."""
-    def run(*args):
-        moved = [arg.cuda() if isinstance(arg, torch.Tensor) else arg for arg in args]
-        result = operation(*moved)
+    def move(arg):
+        if isinstance(arg, kernels.LowBitWeight):
+            return kernels.LowBitWeight(arg.codes.cuda(), arg.scales.cuda())
+        return arg.cuda() if isinstance(arg, torch.Tensor) else arg
+
+    def run(*args, **options):
+        moved = [move(arg) for arg in args]
+        result = operation(*moved, **options)
         for arg, there in zip(args, moved):
             if isinstance(arg, torch.Tensor):
                 arg.copy_(there)
@@ -325,6 +330,56 @@ def test_mixture_of_experts(dtype):
     assert out.dtype == dtype
     loose = 0.05 if dtype is BF16 else 1e-5
     close(out, expected, rtol=loose, atol=loose * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("bits, group", [(8, None), (8, 64), (4, None), (4, 64), (4, 128)])
+def test_quantize_rounds_to_the_nearest_code(bits, group):
+    weight = randn(1, 24, 384, dtype=F32) * torch.logspace(-6, 3, 24)[:, None]
+    weight[3], weight[4, :40] = 0, 0
+    low = kernels.quantize(weight, bits, group)
+    assert (low.bits, low.shape) == (bits, (24, 384))
+    wide, group = low.dequantize(F64), group or (384 if bits == 8 else 32)
+    scales = low.scales.double().repeat_interleave(group, dim=1)
+    largest = weight.double().view(24, -1, group).abs().amax(-1).repeat_interleave(group, dim=1)
+    # Half a step away at most, but for the largest where its scale was rounded down (by 1/256 at most).
+    assert ((wide - weight).abs() <= scales / 2 + largest / 256 * (weight.abs() >= largest * 0.99)).all()
+    codes = wide / scales.clamp(min=1e-30)
+    most = 2 ** (bits - 1) - 1
+    assert (codes - codes.round()).abs().max() < 1e-6 and codes.abs().max() == most
+    assert not wide[3].any() and not wide[4, :32].any()  # zeros stay zeros, and no scale divides by nothing
+    assert low.nbytes == 24 * 384 * bits // 8 + 2 * 24 * 384 // group
+    assert kernels.quantize(weight.bfloat16(), bits, group).codes.shape == low.codes.shape
+
+
+@pytest.mark.parametrize("bits, group, inputs", [(4, None, 40), (4, 16, 64), (8, 7, 64), (3, None, 64), (4, 64, 96)])
+def test_groups_that_do_not_fit_are_refused(bits, group, inputs):
+    with pytest.raises(ValueError, match="quantize: "):
+        kernels.quantize(torch.zeros(2, inputs), bits, group)
+
+
+@every_body
+@pytest.mark.parametrize("bits, group", [(8, None), (8, 64), (4, None), (4, 128)])
+@pytest.mark.parametrize("rows, outputs, inputs", [(1, 40, 128), (5, 33, 640), (12, 16, 256), (70, 5, 128)])
+def test_low_bit_linear(body, rows, outputs, inputs, bits, group):
+    """Every row count that takes another way, outputs that fill no tile, and a bias."""
+    low = kernels.quantize(randn(1, outputs, inputs, dtype=F32), bits, group)
+    x, bias = randn(2, rows, inputs, dtype=body), randn(3, outputs, dtype=body)
+    expected = x.double() @ low.dequantize(F64).T
+    scale = {"rtol": TOLERANCE[body]["rtol"], "atol": TOLERANCE[body]["atol"] * inputs**0.5}
+    close(kernels.linear(x, low), expected, **scale)
+    close(kernels.linear(x, low, bias), expected + bias.double(), **scale)
+    close(kernels.linear(x, low, bias, gelu=True), F.gelu(expected + bias.double(), approximate="tanh"), **scale)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_low_bit_linear_of_odd_sizes_on_the_cpu(bits):
+    """Inputs that fill no vector, and a NaN that stays in its row."""
+    inputs = 96 if bits == 4 else 37
+    low, x = kernels.quantize(randn(1, 7, inputs, dtype=F32), bits), randn(2, 6, inputs, dtype=F32)
+    x[2, 5] = torch.nan
+    out, others = kernels.linear(x, low), [0, 1, 3, 4, 5]
+    assert out[2].isnan().all()
+    close(out[others], (x.double() @ low.dequantize(F64).T)[others], rtol=1e-5, atol=1e-4)
 
 
 # ---- building the C++ ----

@@ -105,6 +105,32 @@ def test_shards_can_be_joined_and_a_single_file_split(copy):
     assert distance(load(folder), "mixtral") < 1e-4
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen3", "mixtral"])
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_weights_are_quantized_while_loading(family, quantize, monkeypatch):
+    """The logits are those of the values that the codes stand for; embeddings, norms and routers are as stored."""
+    rounding = kernels.quantize
+    if quantize == "int4" and family in ("qwen3", "mixtral"):  # MLPs of 48 and 40, which 32 does not divide
+        with pytest.raises(ValueError, match="4 bits in groups of 32 do not fit"):
+            nanoserve.load(DATA / family, CPU, torch.float32, quantize=quantize)
+        return
+    low = nanoserve.load(DATA / family, CPU, torch.float32, quantize=quantize)
+    assert isinstance(low.head, kernels.LowBitWeight) and low.embed.dtype == torch.float32
+    assert not any(isinstance(layer.router, kernels.LowBitWeight) for layer in low.layers)
+    monkeypatch.setattr(kernels, "quantize", lambda weight, bits: rounding(weight, bits).dequantize(weight.dtype))
+    rounded = nanoserve.load(DATA / family, CPU, torch.float32, quantize=quantize)
+    tokens = load_file(DATA / family / "reference.safetensors")["tokens_1"].tolist()
+    torch.testing.assert_close(logits(low, tokens), logits(rounded, tokens), rtol=1e-4, atol=1e-4)
+    assert 1e-4 < distance(low, family) < 10  # not exact, or nothing would have been rounded
+
+
+def test_quantize_is_one_of_two_words():
+    with pytest.raises(ValueError, match="quantize: must be int8 or int4, got 'fp8'"):
+        LLM(DATA / "gpt2", quantize="fp8")
+    with pytest.raises(ValueError, match="a GPT has its own"):
+        LLM(load(DATA / "gpt2"), quantize="int8")
+
+
 def test_other_files_are_left_alone(copy):
     """Mistral ships its weights twice; the copy has other names, and here one that is the same with other values."""
     folder = copy("mistral_window")

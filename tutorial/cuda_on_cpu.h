@@ -287,6 +287,16 @@ static inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigne
 static inline void mma_fp16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     mma_16x8x16<half_to_float>("mma", d, a, b);
 }
+static inline unsigned fma_bf16x2(unsigned a, unsigned b, unsigned c) {
+    auto half = [](unsigned x, int i) { return double(bfloat_to_float((unsigned short)(x >> 16 * i))); };
+    auto one = [&](int i) { return unsigned(float_to_bfloat(float(half(a, i) * half(b, i) + half(c, i)))); };
+    return one(0) | one(1) << 16;
+}
+static inline unsigned fma_fp16x2(unsigned a, unsigned b, unsigned c) {
+    auto half = [](unsigned x, int i) { return double(half_to_float((unsigned short)(x >> 16 * i))); };
+    auto one = [&](int i) { return unsigned(float_to_half(float(half(a, i) * half(b, i) + half(c, i)))); };
+    return one(0) | one(1) << 16;
+}
 static inline unsigned transpose_8x8(unsigned pair) {
     auto all = cuda::meet("movmatrix", pair);
     int row = cuda::lane_id() / 4, column = cuda::lane_id() % 4 * 2;  // of the result
