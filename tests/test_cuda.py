@@ -5,6 +5,7 @@ is about what runs them: that the emulation notices what a GPU would leave undef
 run, that they compile, and that the engine gets the same tokens from them.
 """
 
+import os
 import random
 import re
 import shutil
@@ -119,25 +120,47 @@ def record_launches(monkeypatch):
 # ---- the engine ----
 
 
-@needs_compiler
-@pytest.mark.parametrize("reverse", [False, True], ids=["", "reversed"])
-def test_the_engine_gets_the_same_tokens_from_the_cuda_kernels(reverse, monkeypatch):
-    """Chunked prompts, decoding and preemption in one run, greedy and sampled requests side by side, in float32."""
+def tell(device="cpu", **options):
+    """Tokens of a run with chunked prompts, decoding and preemption, greedy and sampled requests side by side."""
+    llm = LLM(device=device, dtype="float32", max_batch_tokens=24, kv_memory=6 * 65_536, **options)
     prompts = ["Once upon a time there was a fox", "Long ago", "The", "What colour was the kite? " * 6]
     params = [SamplingParams(max_tokens=24, ignore_eos=True, temperature=t, top_k=k, top_p=p, seed=3)
               for t, k, p in ((0, 0, 1.0), (0.9, 0, 1.0), (0.7, 20, 0.9), (0, 0, 1.0))]
+    tokens = [out.token_ids for out in llm.generate(prompts, params)]
+    assert llm.stats()["preemptions"] > 0 and llm.stats()["blocks_used"] == 0
+    return tokens
 
-    def run():
-        llm = LLM(dtype="float32", max_batch_tokens=24, kv_memory=6 * 65_536)
-        outputs = [out.token_ids for out in llm.generate(prompts, params)]
-        assert llm.stats()["preemptions"] > 0
-        return outputs
 
-    expected = run()
-    launched = record_launches(monkeypatch)
+@needs_compiler
+@pytest.mark.parametrize("reverse", [False, True], ids=["", "reversed"])
+def test_the_engine_gets_the_same_tokens_from_the_cuda_kernels(reverse, monkeypatch):
+    expected, launched = tell(), record_launches(monkeypatch)
     with cuda_on_cpu.enabled(reverse):
-        assert run() == expected
+        assert tell() == expected
     assert {name for name, _ in launched} >= {"add_norm", "silu_mul", "rope_and_write_kv", "paged_attention", "sample"}
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_gets_the_same_tokens():
+    assert tell("cuda") == tell()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_memory_returns_to_its_start():
+    """After 1,000 requests nothing but the weights, the cache and the compiled kernels is left."""
+    llm = LLM(device="cuda", kv_memory=1 << 26)
+
+    def run(n):
+        llm.generate([[1, 5 + i % 100, 7] for i in range(n)], SamplingParams(max_tokens=8, ignore_eos=True))
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    assert run(100) == run(1000)
 
 
 # ---- what the emulation notices ----
@@ -251,3 +274,14 @@ def test_decode_kernels_do_not_spill(arch, tmp_path):
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
         assert spills == [("0", "0", "0")] * 2, (D, log)
+
+
+def test_the_report_for_gpus_runs():
+    """Tiny, on whatever this machine has: so that on a GPU no minute is lost on a misspelled name."""
+    done = subprocess.run([sys.executable, Path(__file__).with_name("gpu_report.py"), "--tiny"], capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "these figures mean nothing" in done.stdout
+    for line in ("large copy: ", "decode attention, 1 x 300: ", "product 8 x 128 x 48: bf16 ", "sample, all three: ",
+                 "peak memory "):
+        assert line in done.stdout, done.stdout + done.stderr

@@ -1,0 +1,132 @@
+"""One command for a machine with a GPU: runs the GPU tests, then measures all that the README's GPU table wants to know.
+
+    python tests/gpu_report.py              # prints as it goes; about ten minutes
+    python tests/gpu_report.py --tiny       # small sizes on whatever device there is: shows only that the script runs
+
+Kernels are timed by the device's own clock, after a warm-up, as the median of several runs, over buffers too large for the
+L2 cache. Shares are of the bandwidth of a large copy on the same device, measured here as well.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import kernels  # noqa: E402
+
+
+def seconds(work, repeat: int = 20, runs: int = 5) -> float:
+    """Of one call of `work`: the median over `runs` of the mean over `repeat`."""
+    times = []
+    for run in range(runs + 1):
+        if torch.cuda.is_available():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(repeat):
+                work()
+            end.record()
+            end.synchronize()
+            taken = start.elapsed_time(end) / 1e3
+        else:
+            begin = time.perf_counter()
+            for _ in range(repeat):
+                work()
+            taken = time.perf_counter() - begin
+        if run:  # the first one compiles and warms up
+            times.append(taken / repeat)
+    return statistics.median(times)
+
+
+def attention(batch: int, length: int, device, heads=32, kv_heads=8, D=128, block_size=16) -> tuple[float, int]:
+    """Decoding: (seconds, bytes of keys and values) of one layer's attention for `batch` requests of `length` tokens."""
+    blocks = batch * -(-length // block_size)
+    caches = [torch.randn(blocks + 1, block_size, kv_heads, D, device=device).bfloat16() for _ in "kv"]
+    tables = (torch.randperm(blocks, device=device).int() + 1).view(batch, -1)
+    lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
+    start = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    q = torch.randn(batch, heads, D, device=device).bfloat16()
+    taken = seconds(lambda: kernels.paged_attention(q, *caches, tables, lengths, start, D**-0.5))
+    return taken, 2 * batch * length * kv_heads * D * 2
+
+
+def products(device, inputs: int, outputs: int, rows: int, copies: int) -> dict[str, float]:
+    """Seconds of a product in bfloat16 and with 8 and 4-bit weights; as many weights in turn as the L2 cache cannot hold."""
+    weights = [torch.randn(outputs, inputs, device=device) for _ in range(copies)]
+    x, taken = torch.randn(rows, inputs, device=device).bfloat16(), {}
+    for name, ready in (("bf16", lambda w: w.bfloat16()), ("int8", lambda w: kernels.quantize(w, 8)),
+                        ("int4", lambda w: kernels.quantize(w, 4))):
+        several = [ready(w) for w in weights]
+        taken[name] = seconds(lambda several=several: [kernels.linear(x, w) for w in several]) / copies
+    return taken
+
+
+def sampling(device, rows: int, vocab: int) -> dict[str, float]:
+    """Seconds to draw from `rows` rows of logits, by filter."""
+    logits, noise = torch.randn(rows, vocab, device=device) * 3, torch.rand(rows, device=device, dtype=torch.float64)
+
+    def column(value, dtype=torch.float32):
+        return torch.full((rows,), value, dtype=dtype, device=device)
+
+    taken = {}
+    for name, k, p, least in (("temperature", 0, 1.0, 0.0), ("top-k 50", 50, 1.0, 0.0), ("top-p 0.9", 0, 0.9, 0.0),
+                              ("min-p 0.1", 0, 1.0, 0.1), ("all three", 50, 0.9, 0.1)):
+        columns = column(0.8), column(k, torch.int64), column(p), column(least)
+        taken[name] = seconds(lambda columns=columns: kernels.sample(logits, *columns, noise))
+    return taken
+
+
+def copy_bandwidth(device, size: int) -> float:
+    """Bytes per second, read and written, of a copy of `size` bytes."""
+    source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * size / seconds(lambda: target.copy_(source))
+
+
+def command(*words: str) -> None:
+    """Run one of the project's commands and show what it prints."""
+    print(f"\n$ python {' '.join(words)}", flush=True)
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=False)
+
+
+def main(tiny: bool) -> None:
+    """Print everything."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, commit {commit.strip() or 'unknown'}"
+          + (", TINY: these figures mean nothing" if tiny else ""))
+    if not tiny:
+        command("-m", "pytest", "-m", "gpu")
+    bandwidth = copy_bandwidth(device, 1 << (16 if tiny else 31))
+    print(f"large copy: {bandwidth / 1e9:,.0f} GB/s read and written")
+    for batch, length in ((2, 40), (1, 300)) if tiny else ((64, 2048), (1, 32768), (256, 1024), (8, 8192)):
+        taken, moved = attention(batch, length, device)
+        share = moved / taken / bandwidth
+        print(f"decode attention, {batch} x {length:,}: {taken * 1e6:,.1f} us, {100 * share:.0f} % of the copy's bandwidth")
+    for rows in (1, 8):
+        for inputs, outputs in ((128, 48),) if tiny else ((4096, 6144), (4096, 28672), (14336, 4096)):
+            taken = products(device, inputs, outputs, rows, copies=1 if tiny else 6)
+            print(f"product {rows} x {inputs:,} x {outputs:,}: bf16 {taken['bf16'] * 1e6:,.1f} us, " + ", ".join(
+                f"{low} {taken['bf16'] / taken[low]:.2f} times as fast" for low in ("int8", "int4")))
+    for what, taken in sampling(device, *(4, 100) if tiny else (256, 152_000)).items():
+        print(f"sample, {what}: {taken * 1e6:,.0f} us")
+    if tiny:
+        return command("nanoserve.py", "bench", "--shape", "qwen3-small", "--requests", "1", "--input-len", "4",
+                       "--output-len", "2", "--runs", "1")
+    command("nanoserve.py", "bench", "--shape", "qwen3-0.6b", "--nano-vllm", "--compare", "transformers")
+    for low in ([], ["--quantize", "int8"], ["--quantize", "int4"]):
+        command("nanoserve.py", "bench", "--shape", "llama-3.1-8b", "--requests", "1", "--input-len", "128",
+                "--output-len", "256", "--max-model-len", "8192", *low)
+    command("nanoserve.py", "bench", "--shape", "llama-3.1-8b", "--requests", "8", "--input-len", "4096",
+            "--output-len", "1", "--max-model-len", "8192")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    main(parser.parse_args().tiny)
