@@ -435,24 +435,27 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
 
     `noise` [S] in [0, 1), float64 where the device has it, is all the randomness there is: the token is where the
     cumulative probability passes it. So a row's token depends on that row alone, not on its neighbours or on how often
-    anybody sampled before.
+    anybody sampled before. A row that makes no sense (NaN, infinity, or nothing left to choose) gets -1.
     """
-    _, cuda = compiled(logits)
-    if cuda and logits.stride(1) == 1:
+    cpp, cuda = compiled(logits)
+    if (cpp or cuda) and logits.stride(1) == 1:
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        cuda("sample", (len(logits),), 1024, logits, temperature, top_k, top_p, min_p, noise, tokens, logits.shape[1],
-             logits.stride(0))
+        settings = temperature.float(), top_k.long(), top_p.float(), min_p.float(), noise.double()
+        tensors = logits, *(t.contiguous() for t in settings), tokens
+        if cpp:
+            cpp("sample", *tensors, *logits.shape, logits.stride(0))
+        else:
+            cuda("sample", (len(logits),), 1024, *tensors, logits.shape[1], logits.stride(0))
         return tokens
-    drawn = (temperature > 0).nonzero()[:, 0]
-    if len(drawn) < len(logits):
-        tokens = logits.max(-1).indices
-        if len(drawn):
-            tokens[drawn] = sample(logits[drawn], temperature[drawn], top_k[drawn], top_p[drawn], min_p[drawn], noise[drawn])
-        return tokens
-    mass = token_probabilities(logits, temperature, top_k, top_p, min_p).to(noise.dtype).cumsum(-1)
-    # right=True finds the first entry *beyond* the target, which is never a token of probability zero.
-    picked = torch.searchsorted(mass, noise[:, None] * mass[:, -1:], right=True)[:, 0]
-    return picked.clamp(max=logits.shape[-1] - 1)
+    best, tokens = logits.max(-1)
+    drawn = (best.isfinite() & (temperature > 0)).nonzero()[:, 0]
+    if len(drawn):
+        rows = (t[drawn] for t in (logits, temperature, top_k, top_p, min_p))
+        mass, noise = token_probabilities(*rows).to(noise.dtype).cumsum(-1), noise[drawn]
+        # right=True finds the first entry *beyond* the target, which is never a token of probability zero.
+        picked = torch.searchsorted(mass, noise[:, None] * mass[:, -1:], right=True)[:, 0]
+        tokens[drawn] = picked.clamp(max=logits.shape[-1] - 1)
+    return tokens.masked_fill_(~best.isfinite(), -1)
 
 
 def uniform_noise(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -514,6 +517,7 @@ class CppLibrary:
         "rope_and_write_kv": [_P] * 8 + [_I] * 4 + [_F],
         "paged_attention": [_P] * 7 + [_I] * 8 + [_F],
         "low_bit_linear": [_P] * 4 + [_I] * 5,
+        "sample": [_P] * 7 + [_I] * 3,
     }
 
     def __init__(self, path: Path):
@@ -730,6 +734,66 @@ extern "C" void rope_and_write_kv(T* qkv, const int64_t* positions, const int64_
             }
             const T* v = qkv + t * width + (heads + kv_heads) * D;
             std::copy(v, v + kv_heads * D, v_cache + slots[t] * kv_heads * D);
+        }
+    }
+}
+
+// ---- One token per row: where the cumulative probability of what the filters keep passes the noise. All filters come
+// down to a limit on the depth, how far a logit lies below the largest one, after temperature.
+static float reach(const std::vector<float>& depths, float limit, double share) {  // top-p, among those within limit
+    double total = 0;
+    for (float d : depths) total += d <= limit ? exp_(-d) : 0;
+    std::vector<float> order(depths);
+    size_t sorted = 0, size = 256;  // sort only as many as it takes
+    for (double mass = 0; sorted < order.size(); size *= 8) {
+        auto end = order.begin() + std::min(size, order.size());
+        if (end != order.end()) std::nth_element(order.begin() + sorted, end, order.end());
+        std::sort(order.begin() + sorted, end);
+        for (; order.begin() + sorted < end; sorted++) {
+            mass += exp_(-order[sorted]);
+            if (mass >= share * total || order[sorted] >= limit) return std::min(order[sorted], limit);
+        }
+    }
+    return limit;
+}
+extern "C" void sample(const T* logits, const float* temperature, const int64_t* top_k, const float* top_p,
+                       const float* min_p, const double* noise, int64_t* out, int64_t rows, int64_t V, int64_t stride) {
+    #pragma omp parallel if (rows * V > BIG)
+    {
+        std::vector<float> depths(V), kept;
+        #pragma omp for
+        for (int64_t r = 0; r < rows; r++) {
+            const T* row = logits + r * stride;
+            float largest = -INFINITY, sum = 0;
+            #pragma omp simd reduction(max : largest) reduction(+ : sum)
+            for (int64_t i = 0; i < V; i++) {
+                float x = to_float(row[i]);
+                largest = x > largest ? x : largest;
+                sum += x != x ? x : 0;  // NaN if there is one
+            }
+            if (!std::isfinite(largest) || sum != sum) { out[r] = -1; continue; }
+            if (temperature[r] == 0) {
+                out[r] = std::find_if(row, row + V, [&](T x) { return to_float(x) == largest; }) - row;
+                continue;
+            }
+            float limit = 3e38f;  // deeper than all but -inf
+            #pragma omp simd
+            for (int64_t i = 0; i < V; i++) depths[i] = (largest - to_float(row[i])) / temperature[r];
+            if (top_k[r] > 0 && top_k[r] < V) {
+                kept = depths;
+                std::nth_element(kept.begin(), kept.begin() + top_k[r] - 1, kept.end());
+                limit = std::min(limit, kept[top_k[r] - 1]);
+            }
+            if (top_p[r] < 1) limit = reach(depths, limit, top_p[r]);
+            if (min_p[r] > 0) limit = std::min(limit, -std::log(min_p[r]));
+            #pragma omp simd
+            for (int64_t i = 0; i < V; i++) depths[i] = depths[i] <= limit ? exp_(-depths[i]) : 0.f;
+            double total = 0, before = 0;
+            for (int64_t i = 0; i < V; i++) total += depths[i];
+            int64_t choice = 0;
+            for (int64_t i = 0; i < V && before <= noise[r] * total; i++)
+                if (depths[i] > 0) before += depths[i], choice = i;
+            out[r] = choice;
         }
     }
 }
@@ -1642,13 +1706,20 @@ extern "C" __global__ void __launch_bounds__(1024)
 sample(const T* logits, const float* temperature, const long long* top_k, const float* top_p, const float* min_p,
        const double* noise, long long* out, int V, int stride) {
     __shared__ float warp_largest[32];
-    __shared__ int warp_place[32], choice;
+    __shared__ int warp_place[32], choice, all_sound;
     const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     Row r = {logits + (long long)row * stride, V, -INFINITY, temperature[row]};
 
     int place = V;
-    for (int i = threadIdx.x; i < V; i += blockDim.x)
-        if (to_float(r.logits[i]) > r.largest) r.largest = to_float(r.logits[i]), place = i;
+    bool sound = true;
+    for (int i = threadIdx.x; i < V; i += blockDim.x) {
+        float x = to_float(r.logits[i]);
+        if (x > r.largest) r.largest = x, place = i;
+        sound = sound && x < INFINITY;  // false for NaN, too
+    }
+    if (threadIdx.x == 0) all_sound = 1;
+    __syncthreads();
+    if (!sound) all_sound = 0;
     auto merge = [&](float other, int at) {  // of equal ones the first
         if (other > r.largest || (other == r.largest && at < place)) r.largest = other, place = at;
     };
@@ -1659,8 +1730,8 @@ sample(const T* logits, const float* temperature, const long long* top_k, const 
     if (lane == 0) warp_largest[warp] = r.largest, warp_place[warp] = place;
     __syncthreads();
     for (int w = 0; w < warps; w++) merge(warp_largest[w], warp_place[w]);
-    if (r.temperature == 0 || place == V) {  // all -inf or NaN: any token will do, the caller will refuse it
-        if (threadIdx.x == 0) out[row] = place == V ? 0 : place;
+    if (r.temperature == 0 || place == V || !all_sound) {
+        if (threadIdx.x == 0) out[row] = place == V || !all_sound ? -1 : place;
         return;
     }
 

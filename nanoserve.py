@@ -1026,36 +1026,31 @@ class LLM:
         return batch, [whose for _, whose in sampled], [whose for _, whose in prompted]
 
     def sample(self, samplers: list[tuple[Request, int]], logits: torch.Tensor
-               ) -> tuple[list[int], list[bool], list[dict | None]]:
+               ) -> tuple[list[int], list[dict | None]]:
         """For row i of logits [S, V], which belongs to samplers[i], a request and which of its samples: the next token,
-        whether the logits made sense (no NaN, something left to choose), and the log-probabilities asked for.
+        -1 where the logits make no sense (NaN, or nothing left to choose), and the log-probabilities asked for.
         """
         if not samplers:
-            return [], [], []
+            return [], []
         requests = [request for request, _ in samplers]
         params = [request.params for request in requests]
         logprobs: list[dict | None] = [None] * len(requests)
         asked = [i for i, p in enumerate(params) if p.logprobs is not None]
         raw = logits[asked].float().log_softmax(-1) if asked else None
         logits = self._edit(requests, logits)
-        if all(p.temperature == 0 for p in params):
-            best, tokens = logits.max(-1)
-        else:
-            noise = kernels.uniform_noise(np.array([request.seed for request in requests], dtype=np.uint64),
-                                          np.array([request.num_output + (index << 32) for request, index in samplers]))
+        noise = kernels.uniform_noise(np.array([request.seed for request in requests], dtype=np.uint64),
+                                      np.array([request.num_output + (index << 32) for request, index in samplers]))
 
-            def column(values, dtype=torch.float32):
-                return torch.tensor(values, dtype=dtype, device=logits.device)
+        def column(values, dtype):
+            return torch.from_numpy(np.array(values, dtype=dtype)).to(logits.device)
 
-            wide = torch.float32 if logits.device.type == "mps" else torch.float64
-            tokens = kernels.sample(logits, column([p.temperature for p in params]),
-                                    column([p.top_k for p in params], torch.int64), column([p.top_p for p in params]),
-                                    column([p.min_p for p in params]), torch.from_numpy(noise).to(logits.device, wide))
-            best = logits.amax(-1)
-        tokens, sound = tokens.tolist(), best.isfinite().tolist()
+        tokens = kernels.sample(
+            logits, column([p.temperature for p in params], np.float32), column([p.top_k for p in params], np.int64),
+            column([p.top_p for p in params], np.float32), column([p.min_p for p in params], np.float32),
+            column(noise, np.float32 if logits.device.type == "mps" else np.float64)).tolist()
         for i, row in zip(asked, raw if asked else ()):
             logprobs[i] = top_logprobs(row, tokens[i], params[i].logprobs)
-        return tokens, sound, logprobs
+        return tokens, logprobs
 
     def _edit(self, requests, logits):
         """Logits after biases, penalties and bans, all as one list of changes to single entries."""
@@ -1084,13 +1079,12 @@ class LLM:
         return kernels.edit_logits(logits, torch.tensor(rows, device=logits.device),
                                    torch.tensor(tokens, device=logits.device), bias, divide, subtract)
 
-    def commit(self, plan: list[tuple[Request, int]], tokens: list[int], sound: list[bool], logprobs: list[dict | None]
-               ) -> list[Request]:
+    def commit(self, plan: list[tuple[Request, int]], tokens: list[int], logprobs: list[dict | None]) -> list[Request]:
         """Record what the step computed, append the sampled tokens, and end those requests that are done.
 
         Returns the requests that sampled. The lists are in the order of `pack`'s samplers.
         """
-        sampled, results = [], zip(tokens, sound, logprobs)
+        sampled, results = [], zip(tokens, logprobs)
         for request, n in plan:
             self._counts["prompt_tokens"] += min(n, max(0, request.num_prompt - request.num_computed))
             if self.scheduler.advance(request, n):
@@ -1099,9 +1093,9 @@ class LLM:
                     sampled.append(sample)
         return sampled
 
-    def _append(self, request, token, sound, logprobs):
+    def _append(self, request, token, logprobs):
         p = request.params
-        if not sound:
+        if token < 0:
             request.error = (f"request {request.samples[0].arrival}: the model's logits at position "
                              f"{len(request.tokens) - 1} are not finite numbers, or every token is banned")
             self.pool.withdraw(request.block_table)  # or the next to ask the same would inherit them

@@ -6,7 +6,10 @@ What a request asks for (`SamplingParams`) is tested here too: every field, ever
 import copy
 import dataclasses
 import math
+import sys
 import warnings
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,9 @@ from test_engine import CONFIG, GREEDY, Slow, engine, finish, tokens_of
 
 import kernels
 from nanoserve import GPT, ModelConfig, SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tutorial"))
+import cuda_on_cpu  # noqa: E402
 
 INF = math.inf
 
@@ -137,11 +143,21 @@ def test_large_logits_do_not_overflow():
 # ---- drawing from it ----
 
 
+@pytest.fixture(params=["torch", "cpp", "cuda"])
+def body(request, monkeypatch):
+    """Draw with each of the bodies; the CUDA one runs on the CPU."""
+    monkeypatch.setattr(kernels, "use_cpp", request.param == "cpp")
+    if request.param != "torch" and not cuda_on_cpu.compiler():
+        pytest.skip("no C++ compiler here")
+    with cuda_on_cpu.enabled() if request.param == "cuda" else nullcontext():
+        yield request.param
+
+
 @pytest.mark.parametrize("setting", [(1.0, 0, 1.0, 0.0), (2.0, 8, 1.0, 0.0), (1.0, 0, 0.8, 0.0), (1.5, 10, 0.9, 0.05)],
                          ids=str)
-def test_frequencies(setting):
-    """40,000 draws with the engine's own noise against the exact distribution, by chi-square."""
-    N, logits = 40_000, normal(4, 1, 20) * 1.5
+def test_frequencies(setting, body):
+    """Thousands of draws with the engine's own noise against the exact distribution, by chi-square."""
+    N, logits = 40_000 if body != "cuda" else 400, normal(4, 1, 20) * 1.5
     exact = reference(logits[0], *setting)
     u = torch.from_numpy(kernels.uniform_noise(np.full(N, 7, dtype=np.uint64), np.arange(N)))
     tokens = kernels.sample(logits.expand(N, -1), *columns([setting] * N), u)
@@ -152,7 +168,7 @@ def test_frequencies(setting):
     assert chi2 < dof + 4 * math.sqrt(2 * dof) + 4  # beyond the 99.99th percentile
 
 
-def test_tokens_of_probability_zero_are_never_drawn():
+def test_tokens_of_probability_zero_are_never_drawn(body):
     """Not even at the very ends of the noise, at the first token or the last."""
     ends = torch.tensor([0.0, 2.0**-53, 0.5, 1 - 2.0**-53], dtype=torch.float64)
     for V in (3, 50, 5000):
@@ -166,14 +182,14 @@ def test_tokens_of_probability_zero_are_never_drawn():
     assert kernels.sample(one, *columns([(1.0, 0, 0.9, 0.0)] * 4), ends).tolist() == [8] * 4
 
 
-def test_the_noise_is_where_the_token_lies():
+def test_the_noise_is_where_the_token_lies(body):
     """The token at which the cumulative probability passes the noise; the boundary belongs to the next token."""
     logits = torch.tensor([[0.25, 0.25, 0.5]]).log().expand(6, -1)
     u = torch.tensor([0.0, 0.2, 0.3, 0.49, 0.51, 0.999], dtype=torch.float64)
     assert kernels.sample(logits, *columns([(1.0, 0, 1.0, 0.0)] * 6), u).tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_temperature_zero_is_argmax_row_by_row():
+def test_temperature_zero_is_argmax_row_by_row(body):
     logits = normal(5, 300, 40)
     settings = [(0.0 if i % 3 else 3.0, i % 4, 0.9, 0.0) for i in range(300)]
     tokens = kernels.sample(logits, *columns(settings), noise(1, 300))
@@ -182,13 +198,42 @@ def test_temperature_zero_is_argmax_row_by_row():
     assert not torch.equal(tokens[~greedy], logits.argmax(-1)[~greedy])
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+def test_a_row_does_not_depend_on_its_neighbours(body):
     logits, u = normal(6, len(SETTINGS), 3000) * 2, noise(2, len(SETTINGS))
     together = kernels.sample(logits, *columns(SETTINGS), u)
     for i, setting in enumerate(SETTINGS):
         assert kernels.sample(logits[i : i + 1], *columns([setting]), u[i : i + 1]) == together[i]
     order = torch.randperm(len(SETTINGS), generator=torch.Generator().manual_seed(0))
     assert torch.equal(kernels.sample(logits[order], *columns([SETTINGS[i] for i in order]), u[order]), together[order])
+
+
+def test_the_first_of_equal_logits_is_the_greedy_one(body):
+    logits = torch.tensor([[1.0, 7.0, 7.0, 3.0], [-INF, -INF, -5.0, -5.0]])
+    assert kernels.sample(logits, *columns([(0.0, 0, 1.0, 0.0)] * 2), noise(1, 2)).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("value", [math.nan, INF, -INF])
+@pytest.mark.parametrize("setting", [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.7, 5, 0.9, 0.1)], ids=str)
+def test_a_row_without_sense_gets_no_token(setting, value, body):
+    """One NaN or infinity is enough, and so are only bans; the rows around it are as ever."""
+    logits, u = normal(7, 5, 90), noise(3, 5)
+    expected = kernels.sample(logits, *columns([setting] * 5), u)
+    logits[1, 40], logits[3] = (value, value) if value != -INF else (0, value)
+    tokens = kernels.sample(logits, *columns([setting] * 5), u)
+    assert tokens[3] == -1 and (tokens[1] == -1) == (value != -INF)
+    assert torch.equal(tokens[[0, 2, 4]], expected[[0, 2, 4]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("V", [7, 300, 5000])
+def test_the_bodies_draw_the_same(V, dtype, body, monkeypatch):
+    for seed in range(3):
+        arguments = (normal(seed, len(SETTINGS), V).to(dtype) * 2, *columns(SETTINGS), noise(seed, len(SETTINGS)))
+        drawn = kernels.sample(*arguments)
+        with monkeypatch.context() as context:
+            context.setattr(kernels, "use_cpp", False)
+            context.setattr(kernels, "cuda_on_cpu", None)
+            assert torch.equal(drawn, kernels.sample(*arguments))
 
 
 def test_noise_is_uniform_and_uncorrelated():
