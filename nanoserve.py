@@ -14,7 +14,8 @@ there for (`LLM.step`):
                               ▲         │                     Batch(tokens, positions, slots,
                               └── sample(logits) ◄── GPT ◄──        block_tables, context_lens, query_start, rows)
 
-The maths is in kernels.py, the memory in cache.py, the queue in scheduler.py.
+Behind it come the HTTP server (`serve`), measuring (`bench`) and the command line. The maths is in kernels.py, the memory in
+cache.py, the queue in scheduler.py.
 
 Survey A II, IV.A · B 2.1, 2.3, 3.2 · C Background.
 """
@@ -22,30 +23,49 @@ Survey A II, IV.A · B 2.1, 2.3, 3.2 · C Background.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import bisect
+import codecs
+import concurrent.futures
+import contextlib
 import ctypes
 import difflib
+import functools
+import hmac
 import json
 import logging
 import math
 import os
 import platform
+import queue
 import random
 import re
+import secrets
+import signal
 import statistics
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from itertools import chain, product
+from email.utils import formatdate
+from http import HTTPStatus
+from itertools import accumulate, chain, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import kernels
 from cache import SCRATCH, BlockPool, KVCache
-from scheduler import FINISHED, Request, Scheduler
+from scheduler import FINISHED, POLICIES, Request, Scheduler
+
+# On a CPU, oneDNN and torch's layer over it compile a product for every number of rows they meet, and each keeps the last
+# 1,024 of them: hundreds of MB, and a server grows by them for hours. With the last 64 steps are as fast.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 log = logging.getLogger("nanoserve")
 DEFAULT_MODEL = Path(__file__).parent / "tutorial" / "model"
@@ -565,6 +585,9 @@ class Tokenizer:
             self.chat_template = {entry["name"]: entry["template"] for entry in self.chat_template}.get("default")
         ids = self.backend.get_vocab(with_added_tokens=True).values()
         self.vocab_size = max(ids) + 1
+        self.special_ids = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        is_byte_level = '"type":"ByteLevel"' in self.backend.to_str()
+        self._byte_of = byte_alphabet() if is_byte_level else {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with whatever the tokenizer puts around one (often a BOS)."""
@@ -574,6 +597,15 @@ class Tokenizer:
         """The text of some token ids."""
         return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for, which may be less than a character; empty if the tokenizer does not know it."""
+        piece = self.backend.id_to_token(token) or ""
+        if self._byte_of:
+            return bytes(self._byte_of[c] for c in piece) if self._byte_of.keys() >= set(piece) else piece.encode()
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes.fromhex(piece[3:5])
+        return piece.replace("\u2581", " ").encode()  # the mark that stands for a space
+
     def render_chat(self, messages: list[dict], add_generation_prompt: bool = True, **variables) -> str:
         """The prompt text of [{"role": ..., "content": ...}, ...]. ValueError if the template refuses them.
 
@@ -581,17 +613,8 @@ class Tokenizer:
         """
         if not self.chat_template:
             raise ValueError("chat: this model's tokenizer has no chat template")
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def raise_exception(message):
-            raise jinja2.exceptions.TemplateError(message)
-
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        env.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
-        env.globals.update(raise_exception=raise_exception, strftime_now=lambda form: time.strftime(form))
         try:
-            return env.from_string(self.chat_template).render(
+            return compile_template(self.chat_template).render(
                 **{"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None,
                    **{name: token for name, token in self.special.items() if token}, **variables})
         except Exception as error:  # a template is a program, and can fail like one
@@ -601,6 +624,28 @@ class Tokenizer:
     def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = True, **variables) -> list[int]:
         """The prompt's token ids. The template already wrote BOS, so none is added."""
         return self.encode(self.render_chat(messages, add_generation_prompt, **variables), add_special_tokens=False)
+
+
+@functools.lru_cache(8)
+def compile_template(source: str):
+    """A chat template, ready to render in a sandbox. Compiling takes longer than rendering, so once is enough."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise jinja2.exceptions.TemplateError(message)
+
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    env.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+    env.globals.update(raise_exception=raise_exception, strftime_now=lambda form: time.strftime(form))
+    return env.from_string(source)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The characters that GPT-2's vocabulary writes bytes as: printable ones as themselves, the others from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{chr(byte): byte for byte in printable}, **{chr(256 + i): byte for i, byte in enumerate(others)}}
 
 
 class Detokenizer:
@@ -807,6 +852,7 @@ class LLM:
         except (RuntimeError, MemoryError):
             raise ValueError(f"kv_memory: there is no room for {num_blocks:,} blocks; lower kv_memory") from None
         self._random = random.Random(seed)
+        self._plan: list[tuple[Request, int]] = []  # of the step under way, or the last one
         self._counts = dict.fromkeys(("steps", "forward_passes", "computed_tokens", "prompt_tokens", "output_tokens",
                                       "finished", "aborted"), 0)
         log.info(self.describe())
@@ -919,12 +965,12 @@ class LLM:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params: must be SamplingParams, got {type(params).__name__}")
-        if isinstance(priority, bool) or not isinstance(priority, (int, float)) or not math.isfinite(priority):
+        if isinstance(priority, bool) or not isinstance(priority, (int, float)) or not -math.inf < priority < math.inf:
             raise ValueError(f"priority: must be a number, got {priority!r}")
         if not isinstance(cache_salt, (str, type(None))):
             raise ValueError(f"cache_salt: must be a text or None, got {cache_salt!r}")
         tokens = self._tokens(prompt)
-        room = min(self.max_model_len, self.pool.num_usable * self.pool.block_size + 1) - len(tokens)
+        room = self.longest_request - len(tokens)
         vocab = self.model.config.vocab_size
         for name, ids in (("prompt", tokens), ("logit_bias", params.logit_bias or ()),
                           ("stop_token_ids", params.stop_token_ids)):
@@ -938,6 +984,11 @@ class LLM:
                           reuse_prefix=params.prompt_logprobs is None, params=params)
         request.seed = self._random.getrandbits(64) if params.seed is None else params.seed % 2**64
         return self.scheduler.add(request)
+
+    @property
+    def longest_request(self) -> int:
+        """Tokens of prompt and output together that model and cache have room for."""
+        return min(self.max_model_len, self.pool.num_usable * self.pool.block_size + 1)
 
     def _tokens(self, prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -978,7 +1029,8 @@ class LLM:
 
         Survey A II.B, IV.A · B 2.3, 3.2.4 · C Request Scheduling: Intra-Request Scheduling.
         """
-        plan = self.scheduler.schedule()
+        self._plan = []
+        self._plan = plan = self.scheduler.schedule()
         if not plan:
             return []
         batch, samplers, prompt_rows = self.pack(plan)
@@ -990,6 +1042,22 @@ class LLM:
             self._record(request, position, row.float().log_softmax(-1))
         # Until here no token was appended and nothing counts as computed: a step that failed above can be repeated.
         return self.commit(plan, *self.sample(samplers, logits[: len(samplers)]))
+
+    def drop_step(self, reason: str) -> list[Request]:
+        """After an exception out of `step`: end with an error what it was working on, so that the others can go on.
+
+        Returns all samples concerned, those too that had come to their end before it. What the step wrote is not to be
+        trusted, so their blocks leave the prefix index. If it failed before there was a plan, nobody is spared.
+        """
+        planned = [request for request, _ in self._plan] or [*self.scheduler.running, *self.scheduler.waiting]
+        concerned = list(dict.fromkeys(chain(*(request.samples for request in planned))))
+        for request in concerned:
+            if request.status != FINISHED:
+                request.error = reason
+                self.pool.withdraw(request.block_table)
+                self.scheduler.finish(request, "abort")
+                self._counts["aborted"] += 1
+        return concerned
 
     def pack(self, plan: list[tuple[Request, int]]) -> tuple[Batch, list[tuple[Request, int]], list[tuple[Request, int]]]:
         """Lay the planned tokens end to end. Returns the batch and whose its `rows` are: first (request, sample index) of
@@ -1216,6 +1284,951 @@ def free_memory() -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The HTTP server
+# ---------------------------------------------------------------------------------------------------------------------
+#
+# Two threads. The engine thread owns the LLM and is the only one that touches it; the loop thread runs asyncio and does
+# all reading, checking and writing. A thread per client would have two hundred of them fight the step for Python's lock.
+#
+#     client ◄──HTTP──► Connection ──Job──► commands ──► EngineThread: obey, LLM.step(), report
+#                            ▲                                  │
+#                            └──────── Job's mailbox ◄──────────┘ one batch of updates a step
+#
+# A client that reads slowly holds up only its own task: what it has not taken yet is at most its own max_tokens.
+
+MAX_HEAD = 32 << 10  # bytes of request line and headers
+MAX_ENTRIES = {"stop": 16, "stop_token_ids": 1024, "logit_bias": 1024}  # looked through in every step, for every token
+STEP_FAILED = "the step that computed this request failed; the server's log says why"
+
+SAMPLING_FIELDS = {"temperature", "top_p", "top_k", "min_p", "n", "stop", "seed", "max_tokens", "presence_penalty",
+                   "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "ignore_eos", "min_tokens",
+                   "stop_token_ids"}
+COMMON_FIELDS = SAMPLING_FIELDS | {"model", "stream", "stream_options", "priority", "cache_salt"}
+COMPLETION_FIELDS = COMMON_FIELDS | {"prompt", "echo"}
+CHAT_FIELDS = COMMON_FIELDS | {"messages", "top_logprobs", "max_completion_tokens"}
+# Fields of OpenAI's that do not change the answer, and fields that would: those are refused.
+HARMLESS_FIELDS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+                   "prompt_cache_retention"}
+UNSUPPORTED_FIELDS = {"best_of", "suffix", "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call",
+                      "response_format", "modalities", "audio", "prediction", "reasoning_effort", "verbosity",
+                      "web_search_options", "moderation"}
+
+
+class HTTPError(Exception):
+    """An answer that is an error. Its body has OpenAI's shape."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message[:1000], param, code
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    @classmethod
+    def refusal(cls, error: ValueError) -> HTTPError:
+        """400 for a ValueError, whose message begins with the field's name wherever there is one."""
+        named = re.match(r"(\w{1,100}): ", str(error))
+        return cls(400, str(error), named and named[1])
+
+    def body(self) -> dict:
+        kind = "server_error" if self.status >= 500 else {401: "authentication_error", 429: "rate_limit_error"}.get(
+            self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def parse_json(body: bytes) -> dict:
+    """A request's JSON object. ValueError for what lenient parsers let through: NaN, a key twice, half a surrogate pair."""
+    def unique(items):
+        if len(result := dict(items)) != len(items):
+            raise ValueError("a key occurs twice in an object")
+        return result
+
+    def refuse_constant(name):
+        raise ValueError(f"{name} is not a number in JSON")
+
+    try:
+        value = json.loads(body.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant)
+        if re.search(rb"\\u[dD]", body):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("body: is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"body: is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"body: must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def check_fields(body: dict, known: set[str]) -> None:
+    """ValueError that names the first field which is unknown, or would change the answer and is not built."""
+    for name, value in body.items():
+        if name in UNSUPPORTED_FIELDS:
+            if value not in (None, "", []):
+                raise ValueError(f"{name}: is not supported")
+        elif name not in known and name not in HARMLESS_FIELDS:
+            close = difflib.get_close_matches(name[:100], known, 1)
+            raise ValueError(f"{name[:100]}: there is no such field" + (f"; {close[0]} is one" if close else ""))
+
+
+def flag(body: dict, name: str) -> bool:
+    """A field that is true or false; absent and null are false."""
+    value = body.get(name)
+    if not isinstance(value, (bool, type(None))):
+        raise ValueError(f"{name}: must be true or false, got {value!r}")
+    return bool(value)
+
+
+def parse_sampling(body: dict, is_chat: bool) -> SamplingParams:
+    """SamplingParams from OpenAI's fields. Where the two differ in a name, errors say the client's."""
+    options = {name: body[name] for name in SAMPLING_FIELDS if body.get(name) is not None}
+    theirs = {}
+    for name, most in MAX_ENTRIES.items():
+        if isinstance(options.get(name), (list, dict)) and len(options[name]) > most:
+            raise ValueError(f"{name}: at most {most} entries are allowed, got {len(options[name])}")
+    if isinstance(bias := options.get("logit_bias"), dict):  # JSON's keys are texts
+        if not all(re.fullmatch("[0-9]{1,18}", token) for token in bias):
+            raise ValueError("logit_bias: its keys must be token ids")
+        options["logit_bias"] = {int(token): value for token, value in bias.items()}
+    if is_chat:
+        if (limit := body.get("max_completion_tokens")) is not None:
+            if options.setdefault("max_tokens", limit) != limit:
+                raise ValueError("max_completion_tokens: differs from max_tokens, which is its old name")
+            theirs["max_tokens"] = "max_completion_tokens"
+        wanted, top = flag(body, "logprobs"), body.get("top_logprobs")
+        if top is not None and not wanted:
+            raise ValueError("top_logprobs: needs logprobs to be true")
+        options["logprobs"], theirs["logprobs"] = (top or 0) if wanted else None, "top_logprobs"
+    else:
+        options.setdefault("max_tokens", 16)  # OpenAI's default
+        if flag(body, "echo"):
+            options["prompt_logprobs"] = options.get("logprobs")
+    try:
+        return SamplingParams(**options)
+    except ValueError as error:
+        name, _, rest = str(error).partition(":")
+        raise ValueError(f"{theirs.get(name, name)}:{rest}") from None
+
+
+def parse_prompts(prompt) -> list[str | list[int]]:
+    """The prompts of a completion: a text, a list of texts, a list of token ids, or a list of such lists."""
+    def is_ids(value):
+        return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+
+    if isinstance(prompt, str) or is_ids(prompt):
+        return [prompt]
+    if isinstance(prompt, list) and prompt and (all(isinstance(p, str) for p in prompt) or all(map(is_ids, prompt))):
+        return prompt
+    raise ValueError("prompt: must be a text, a list of texts, a list of token ids, or a list of such lists")
+
+
+def parse_messages(messages) -> list[dict]:
+    """The messages of a chat with texts for contents. What the model can not be shown is refused, not dropped."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages: must be a list of at least one message")
+    plain = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"messages: number {i} must be an object with a role")
+        content = message.get("content")
+        if isinstance(content, list) and all(isinstance(part, dict) and part.keys() == {"type", "text"} and
+                                             part["type"] == "text" and isinstance(part["text"], str) for part in content):
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str):
+            raise ValueError(f"messages: the content of number {i} must be a text, or a list of parts of type text")
+        surplus = [name for name, value in message.items() if name not in ("role", "content", "name") and value]
+        if surplus:
+            raise ValueError(f"messages: {surplus[0][:100]} in number {i} is not supported")
+        plain.append({name: value for name, value in {**message, "content": content}.items() if value is not None})
+    return plain
+
+
+def encode_chat(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
+    """Token ids of a conversation; what the template refuses is the fault of the field `messages`."""
+    try:
+        return tokenizer.apply_chat_template(messages)
+    except ValueError as error:
+        raise ValueError(str(error).replace("chat: ", "messages: ", 1)) from None
+
+
+class Update(NamedTuple):
+    """What steps did to one sample, on its way to the client."""
+
+    index: int  # which choice of the answer
+    text: str
+    num_tokens: int
+    logprobs: list[tuple[int, dict[int, float] | None]]  # (token, the likeliest and itself) of all that belongs to the text
+    finish_reason: str | None
+    is_cut: bool  # a stop string ended it: the last tokens reach beyond the text
+
+
+@dataclass
+class Progress:
+    """How much of a sample was sent to its client, and when it last got a token."""
+
+    last_token: float
+    num_output: int = 0
+    num_chars: int = 0
+    num_sent: int = 0  # tokens
+
+
+class Job:
+    """One POST: what it asks of the engine, and the mailbox for what comes back."""
+
+    def __init__(self, body: dict, is_chat: bool):
+        check_fields(body, CHAT_FIELDS if is_chat else COMPLETION_FIELDS)
+        self.is_chat, self.arrived = is_chat, time.perf_counter()
+        self.params = parse_sampling(body, is_chat)
+        self.source = [parse_messages(body.get("messages"))] if is_chat else parse_prompts(body.get("prompt"))
+        self.stream, self.echo = flag(body, "stream"), not is_chat and flag(body, "echo")
+        options = body.get("stream_options")
+        if options is not None and not (self.stream and isinstance(options, dict) and options.keys() <= {"include_usage"}):
+            raise ValueError("stream_options: may hold include_usage, and needs stream to be true")
+        self.include_usage = flag(options or {}, "include_usage")
+        self.priority = 0 if body.get("priority") is None else body["priority"]
+        self.cache_salt = body.get("cache_salt")
+        self.num_samples = len(self.source) * self.params.n
+        self.prompts: list[list[int]] = []  # token ids, once `tokenize` has run
+        # The engine thread's:
+        self.requests: list[Request] = []
+        self.progress: dict[Request, Progress] = {}
+        self.finished: set[Request] = set()
+        # The loop's:
+        self._updates: list[Update] = []
+        self._error: HTTPError | None = None
+        self._news = asyncio.Event()
+
+    def tokenize(self, llm: LLM) -> None:
+        """Turn texts into token ids. It takes long for long ones, so neither of the two threads does it."""
+        encode = functools.partial(encode_chat, llm.tokenizer) if self.is_chat else llm.tokenizer.encode
+        self.prompts = [source if source and type(source[0]) is int else encode(source) for source in self.source]
+        if self.is_chat and self.params.max_tokens is None:
+            self.params.max_tokens = max(1, self.params.min_tokens, llm.longest_request - len(self.prompts[0]))
+
+    def put(self, news: Update | HTTPError | None) -> None:
+        """What the engine has to say; None says that the job was accepted."""
+        if isinstance(news, HTTPError):
+            self._error = news
+        elif news:
+            self._updates.append(news)
+        self._news.set()
+
+    async def take(self) -> list[Update]:
+        """Everything that came since the last call, as soon as there is something. Raises the error if it is one."""
+        await self._news.wait()
+        self._news.clear()
+        if self._error:
+            raise self._error
+        updates, self._updates = self._updates, []
+        return updates
+
+
+class Histogram:
+    """Seconds, counted in buckets. Bounds are upper and inclusive, as Prometheus has them."""
+
+    BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+    def __init__(self):
+        self.counts, self.sum = [0] * (len(self.BOUNDS) + 1), 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect.bisect_left(self.BOUNDS, seconds)] += 1
+        self.sum += seconds
+
+    def render(self, name: str) -> list[str]:
+        """Lines of Prometheus' text format: buckets are cumulative, the last one holds all."""
+        total = list(accumulate(self.counts))
+        return [*(f'{name}_bucket{{le="{bound}"}} {n}' for bound, n in zip((*self.BOUNDS, "+Inf"), total)),
+                f"{name}_sum {self.sum:.6f}", f"{name}_count {total[-1]}"]
+
+
+class EngineThread(threading.Thread):
+    """The only one to touch the LLM. Commands come in through a queue, and are obeyed between two steps."""
+
+    def __init__(self, llm: LLM, loop: asyncio.AbstractEventLoop, on_fatal: Callable[[], None]):
+        super().__init__(name="nanoserve engine", daemon=True)
+        self.llm, self.loop, self.on_fatal = llm, loop, on_fatal
+        self.commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.jobs: dict[Request, tuple[Job, int]] = {}  # first sample -> its job, and the index of its first choice
+        self.fatal: str | None = None  # why nothing can be computed any more
+        self.ttft, self.itl, self.e2e = Histogram(), Histogram(), Histogram()
+        self.num_prompt_tokens = self.num_failed = 0
+        self._stopped = False
+
+    def run(self) -> None:
+        while not self._stopped:
+            try:
+                # An idle engine sleeps in get(). A failed one obeys on: whoever asks is told.
+                if self.fatal or not self.llm.has_work() or not self.commands.empty():
+                    self.commands.get()()
+                else:
+                    self._report(self._step())
+            except Exception as error:
+                log.error("the engine failed", exc_info=error)
+                self.fatal = "the engine failed; the server's log says how"
+                self._end_all(HTTPError(503, self.fatal))
+                self.on_fatal()
+
+    # ---- commands: the loop thread puts them ----
+
+    def add(self, job: Job) -> None:
+        """Queue a job's prompts, all or none."""
+        try:
+            if self.fatal:
+                raise HTTPError(503, self.fatal)
+            for i, prompt in enumerate(job.prompts):
+                request = self.llm.add_request(prompt, job.params, job.priority, job.cache_salt)
+                job.requests.append(request)
+                self.jobs[request] = job, i * job.params.n
+            self.num_prompt_tokens += sum(map(len, job.prompts))
+            self._post([(job, None)])
+        except Exception as error:
+            self.forget(job)
+            self._post([(job, HTTPError.refusal(error) if isinstance(error, ValueError) else self._failure(error))])
+
+    def forget(self, job: Job) -> None:
+        """The job is over, or its client has left: abort whatever is left of it."""
+        for request in job.requests:
+            self.llm.abort(request)
+            self.jobs.pop(request, None)
+
+    def snapshot(self, future: concurrent.futures.Future) -> None:
+        """Counters and state, taken between two steps."""
+        future.set_result({**self.llm.stats(), "failed": self.num_failed, "admitted_prompt_tokens": self.num_prompt_tokens})
+
+    def stop(self, error: HTTPError) -> None:
+        """End the thread; whatever is not finished gets this error."""
+        self._stopped = True
+        self._end_all(error)
+
+    # ---- what a step came to ----
+
+    def _report(self, changed):
+        """One batch of updates for the loop; a step for two hundred clients wakes it once."""
+        now, news = time.perf_counter(), []
+        for request in changed:
+            job, index = self.jobs.get(request.samples[0], (None, 0))
+            if job is None or request in job.finished:  # its client has left, or another sample of it has failed
+                continue
+            try:
+                if request.error:
+                    raise HTTPError(500, request.error)
+                update = self._update(job, index + request.sample_index, request, now)
+            except Exception as error:
+                update, self.num_failed = self._failure(error), self.num_failed + 1
+            if update:
+                news.append((job, update))
+            if isinstance(update, HTTPError) or len(job.finished) == job.num_samples:
+                self.forget(job)
+        self._post(news)
+
+    def _update(self, job, index, request, now) -> Update | None:
+        progress, is_finished = job.progress.get(request), request.status == FINISHED
+        if progress is None:
+            progress = job.progress[request] = Progress(job.arrived)
+        if request.num_output > progress.num_output:
+            (self.itl if progress.num_output else self.ttft).observe(now - progress.last_token)
+            progress.last_token, progress.num_output = now, request.num_output
+        if is_finished:
+            job.finished.add(request)
+            self.e2e.observe(now - job.arrived)
+        elif not job.stream:
+            return None
+        text, sent, logprobs = self.llm.text(request), progress.num_sent, []
+        if request.params.logprobs is not None:
+            if sent == 0 and request.params.prompt_logprobs is not None:
+                logprobs += zip(request.tokens, request.prompt_logprobs or [None])
+            end = len(request.tokens) - request.ended_by_token
+            logprobs += zip(request.tokens[request.num_prompt + sent : end], request.logprobs[sent:])
+        update = Update(index, text[progress.num_chars:], request.num_output - sent, logprobs, request.finish_reason,
+                        is_finished and request.detokenizer.stopped)
+        progress.num_chars, progress.num_sent = len(text), request.num_output
+        return update
+
+    def _step(self) -> list[Request]:
+        """A step. If it fails, those that it was for get an error and the others go on, unless the device is gone."""
+        try:
+            return self.llm.step()
+        except Exception as error:
+            is_cuda = isinstance(error, RuntimeError) and "CUDA" in str(error)
+            if isinstance(error, torch.AcceleratorError) or (is_cuda and not isinstance(error, torch.OutOfMemoryError)):
+                raise
+            log.error("a step failed", exc_info=error)
+            return self.llm.drop_step(STEP_FAILED)
+
+    def _end_all(self, error):
+        jobs = {job for job, _ in self.jobs.values()}
+        self._post([(job, error) for job in jobs])
+        for job in jobs:
+            self.forget(job)
+
+    def _failure(self, error) -> HTTPError:
+        """What a client is told of an exception: not its text, which may hold what is nobody's business."""
+        if isinstance(error, HTTPError):
+            return error
+        log.error("a request failed", exc_info=error)
+        return HTTPError(500, STEP_FAILED)
+
+    def _post(self, news):
+        def deliver():
+            for job, item in news:
+                job.put(item)
+
+        if news:
+            self.loop.call_soon_threadsafe(deliver)
+
+
+class Choice:
+    """One sample as its client sees it: the text so far, and the log-probabilities of the tokens that it shows."""
+
+    def __init__(self, tokenizer: Tokenizer, echo: str, prompt: list[int]):
+        self.tokenizer, self.num_tokens, self.finish_reason = tokenizer, 0, None
+        self.num_chars, self._decoder = len(echo), codecs.getincrementaldecoder("utf-8")("replace")
+        # An echoed prompt may lack the space that its tokens begin with. Where it ends is where the output starts.
+        self._start = len(echo) - (sum(self._length(token) for token in prompt) if echo else 0)
+        self._held: list[tuple[int, dict | None, int]] = []  # (token, log-probabilities, where in the text it starts)
+
+    def take(self, updates: list[Update]) -> tuple[str, list[tuple]]:
+        """The text that these add and the tokens that it shows. Tokens wait for their text: it may be held back because
+        a stop string could be starting, and then they would give away what the text does not.
+        """
+        text = "".join(update.text for update in updates)
+        self.num_chars += len(text)
+        for token, logprobs in chain(*(update.logprobs for update in updates)):
+            self._held.append((token, logprobs, max(0, self._start)))
+            self._start += self._length(token)
+        self.num_tokens += sum(update.num_tokens for update in updates)
+        self.finish_reason = updates[-1].finish_reason
+        end = self.num_chars if self.finish_reason is None or updates[-1].is_cut else math.inf
+        n = bisect.bisect_left(self._held, end, key=lambda entry: entry[2])
+        entries, self._held = self._held[:n], self._held[n:]
+        return text, entries
+
+    def _length(self, token) -> int:
+        """The characters that a token adds; of one in several tokens, the last of them has it."""
+        return 0 if token in self.tokenizer.special_ids else len(self._decoder.decode(self.tokenizer.token_bytes(token)))
+
+
+class Answer:
+    """A job's answer in OpenAI's format: whole, or as the events of a stream."""
+
+    def __init__(self, job: Job, model: str, tokenizer: Tokenizer):
+        self.job, self.tokenizer = job, tokenizer
+        kind = ("chat.completion" + ".chunk" * job.stream) if job.is_chat else "text_completion"
+        self.frame = {"id": ("chatcmpl-" if job.is_chat else "cmpl-") + secrets.token_hex(12), "object": kind,
+                      "created": int(time.time()), "model": model}
+        self.echoes = [(source if isinstance(source, str) else tokenizer.decode(source)) if job.echo else ""
+                       for source in job.source for _ in range(job.params.n)]
+        self.choices = [Choice(tokenizer, echo, job.prompts[i // job.params.n]) for i, echo in enumerate(self.echoes)]
+
+    @property
+    def is_finished(self) -> bool:
+        return all(choice.finish_reason for choice in self.choices)
+
+    def opening(self) -> Iterator[dict]:
+        """What a stream begins with: the role in a chat, the prompts that are to be echoed."""
+        for i, echo in enumerate(self.echoes):
+            if self.job.is_chat:
+                yield self._chunk(i, {"delta": {"role": "assistant", "content": ""}})
+            elif echo:
+                yield self._chunk(i, {"text": echo})
+
+    def chunks(self, updates: list[Update]) -> Iterator[dict]:
+        """A chunk for each choice that has something new. Whatever a slow reader has not taken comes in one."""
+        by_choice: dict[int, list[Update]] = {}
+        for update in updates:
+            by_choice.setdefault(update.index, []).append(update)
+        for i, group in by_choice.items():
+            text, entries = self.choices[i].take(group)
+            reason = self.choices[i].finish_reason
+            if text or entries or reason:
+                shown = {"delta": {"content": text} if text else {}} if self.job.is_chat else {"text": text}
+                yield self._chunk(i, shown, entries, reason)
+
+    def whole(self, updates: list[Update]) -> dict:
+        """The answer that is not streamed, from one update for each choice."""
+        choices = []
+        for update in sorted(updates):
+            text, entries = self.choices[update.index].take([update])
+            shown = ({"message": {"role": "assistant", "content": text, "refusal": None}} if self.job.is_chat else
+                     {"text": self.echoes[update.index] + text})
+            choices.append({"index": update.index, **shown, "logprobs": self._logprobs(entries),
+                            "finish_reason": update.finish_reason})
+        return {**self.frame, "choices": choices, "usage": self.usage()}
+
+    def usage(self) -> dict[str, int]:
+        """Exact: every prompt once, however many samples it has; the token that ended a sample counts."""
+        prompt, output = sum(map(len, self.job.prompts)), sum(choice.num_tokens for choice in self.choices)
+        return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+
+    def closing(self) -> Iterator[dict]:
+        """What a stream ends with, if it was asked for."""
+        if self.job.include_usage:
+            yield {**self.frame, "choices": [], "usage": self.usage()}
+
+    def _chunk(self, index, shown, entries=(), finish_reason=None):
+        choice = {"index": index, **shown, "logprobs": self._logprobs(entries), "finish_reason": finish_reason}
+        return {**self.frame, "choices": [choice], **({"usage": None} if self.job.include_usage else {})}
+
+    def _logprobs(self, entries):
+        k = self.job.params.logprobs
+        if k is None or not entries:
+            return None
+
+        def text(token):
+            return self.tokenizer.token_bytes(token).decode("utf-8", "replace")
+
+        def value(logprob):  # JSON has no infinity; this is what OpenAI says instead
+            return max(-9999.0, logprob)
+
+        if self.job.is_chat:
+            def describe(token, logprob):
+                return {"token": text(token), "logprob": value(logprob), "bytes": list(self.tokenizer.token_bytes(token))}
+
+            return {"content": [{**describe(token, top[token]),
+                                 "top_logprobs": [describe(*pair) for pair in list(top.items())[:k]]}
+                                for token, top, _ in entries], "refusal": None}
+        # Several tokens can have the same text, being parts of characters: the likeliest, which comes first, stands.
+        tops = [top and {text(token): value(p) for token, p in reversed(top.items())} for _, top, _ in entries]
+        return {"tokens": [text(token) for token, _, _ in entries],
+                "token_logprobs": [top and value(top[token]) for token, top, _ in entries],
+                "top_logprobs": tops if k else None, "text_offset": [start for _, _, start in entries]}
+
+
+class Connection:
+    """One client's connection: HTTP/1.1, strictly, one request after the other."""
+
+    TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+    VALUE = re.compile(r"[\t -~\x80-\xff]*")
+    GONE = (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError)
+
+    def __init__(self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self.server, self.reader, self.writer = server, reader, writer
+        self.keep_alive = self.is_idle = True
+        self.is_http10 = self.is_streaming = self.is_unread = False
+
+    async def run(self, is_surplus: bool = False) -> None:
+        """Answer requests until either side has had enough."""
+        try:
+            if is_surplus:
+                self.is_unread = True
+                await self._send_error(HTTPError(503, "there are too many connections", Retry_After="1"))
+            while self.keep_alive:
+                self.is_idle = True
+                first = await self._within(self.reader.readexactly(1))
+                self.is_idle = False
+                try:
+                    await self._answer(first)
+                except HTTPError as error:
+                    await self._send_error(error)
+                except self.GONE:
+                    raise
+                except Exception as error:
+                    log.error("a request failed", exc_info=error)
+                    await self._send_error(HTTPError(500, "the server failed; its log says how"))
+            if self.is_unread:
+                await self._linger()
+            self.writer.close()
+            await self._within(self.writer.wait_closed())
+        except (*self.GONE, asyncio.CancelledError):
+            pass  # the client has left or sleeps, or the server stops
+        finally:
+            self.writer.transport.abort()
+
+    async def send(self, data: bytes) -> None:
+        """Write, and wait as long as the client has much to read. One that reads nothing at all is given up."""
+        self.writer.write(data)
+        if self.writer.transport.get_write_buffer_size():
+            await self._within(self.writer.drain())
+
+    async def respond(self, status: int, body: bytes, content_type: str = "application/json", **headers: str) -> None:
+        """A whole answer."""
+        headers = {"Content-Type": content_type, "Content-Length": str(len(body)), **headers}
+        await self.send(self._head(status, headers) + body)
+
+    async def send_events(self, events: Iterable[dict]) -> None:
+        """Server-sent events; the first call begins the stream."""
+        data = b"".join(b"data: %s\n\n" % to_json(event) for event in events)
+        head = b""
+        if not self.is_streaming:
+            self.is_streaming = True
+            headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+            head = self._head(200, headers if self.is_http10 else {**headers, "Transfer-Encoding": "chunked"})
+        if head or data:
+            await self.send(head + self._coded(data))
+
+    async def end_events(self) -> None:
+        """The mark that the stream is whole."""
+        self.is_streaming = False
+        await self.send(self._coded(b"data: [DONE]\n\n") + (b"" if self.is_http10 else b"0\r\n\r\n"))
+
+    @contextlib.asynccontextmanager
+    async def watched(self):
+        """Within this, the client's leaving cancels the task. One that sends ahead of the answer is heard no further."""
+        task = asyncio.current_task()
+
+        async def watch():
+            with contextlib.suppress(OSError):
+                while await self.reader.read(MAX_HEAD):
+                    self.keep_alive = False
+            task.cancel()
+
+        watcher = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            watcher.cancel()
+            await asyncio.wait([watcher])  # two must not read at once
+
+    async def _answer(self, first):
+        """Read one request and have it answered. What is wrong with its head is said before its body is read."""
+        self.is_unread = True
+        method, path, headers = self._parse_head(await self._read_head(first))
+        length = headers.get("content-length", "0" if method == "GET" else "")
+        self.is_unread = length != "0" or "transfer-encoding" in headers
+        handler = self.server.route(method, path, headers)
+        if "transfer-encoding" in headers or not length:
+            raise HTTPError(411, "Content-Length: is needed; bodies in chunks are not supported")
+        if not re.fullmatch("[0-9]{1,18}", length):
+            raise HTTPError(400, "Content-Length: must be one number")
+        if int(length) > self.server.max_body:
+            raise HTTPError(413, f"body: {length} bytes are more than max_body={self.server.max_body}")
+        if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HTTPError(415, "Content-Type: must be application/json")
+        if expected := headers.get("expect"):
+            if expected.lower() != "100-continue":
+                raise HTTPError(417, "Expect: only 100-continue is known")
+            await self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        try:
+            body = await self._within(self.reader.readexactly(int(length)))
+        except asyncio.TimeoutError:
+            raise HTTPError(408, f"body: did not arrive within {self.server.timeout:g} seconds") from None
+        self.is_unread = False
+        try:
+            await handler(self, parse_json(body) if method == "POST" else {})
+        except ValueError as error:
+            raise HTTPError.refusal(error) from None
+
+    async def _read_head(self, first) -> str:
+        try:
+            head = await self._within(self.reader.readuntil(b"\r\n\r\n"))
+        except asyncio.LimitOverrunError:
+            raise HTTPError(431, f"headers: are longer than {MAX_HEAD} bytes") from None
+        except asyncio.TimeoutError:
+            raise HTTPError(408, f"headers: did not arrive within {self.server.timeout:g} seconds") from None
+        return (first + head[:-4]).decode("latin-1")
+
+    def _parse_head(self, head) -> tuple[str, str, dict[str, str]]:
+        """Method, path and headers, with names in lower case. What two parsers might read differently is refused."""
+        self.keep_alive = False  # until the head is known to be sound
+        request_line, *lines = head.split("\r\n")
+        method, path, version = (request_line.split(" ") + ["", ""])[:3]
+        if request_line.count(" ") != 2 or not self.TOKEN.fullmatch(method) or not re.fullmatch("[!-~]+", path):
+            raise HTTPError(400, "the request line is not one")
+        if version not in ("HTTP/1.0", "HTTP/1.1"):
+            raise HTTPError(400, "the request line must end with HTTP/1.0 or HTTP/1.1")
+        headers: dict[str, str] = {}
+        for line in lines:
+            name, colon, value = line.partition(":")
+            key, value = name.lower(), value.strip(" \t")
+            if not colon or not self.TOKEN.fullmatch(name) or not self.VALUE.fullmatch(value):
+                raise HTTPError(400, "headers: one is malformed")
+            if key in headers and key in ("content-length", "transfer-encoding", "host", "authorization", "content-type"):
+                raise HTTPError(400, f"{name}: occurs twice")
+            headers[key] = f"{headers[key]}, {value}" if key in headers else value
+        if "content-length" in headers and "transfer-encoding" in headers:
+            raise HTTPError(400, "Content-Length: contradicts Transfer-Encoding")
+        self.is_http10 = version == "HTTP/1.0"
+        if not self.is_http10 and "host" not in headers:
+            raise HTTPError(400, "Host: is missing")
+        self.keep_alive = not self.is_http10 and "close" not in headers.get("connection", "").lower()
+        return method, path.partition("?")[0], headers
+
+    async def _send_error(self, error):
+        """An error as an answer; after the headers of a stream, as its last event, and the stream ends without its mark."""
+        self.server.num_responses[error.status] += self.is_streaming
+        if self.is_unread or self.is_streaming:
+            self.keep_alive = False
+        if self.is_streaming:
+            await self.send_events([error.body()])
+        else:
+            await self.respond(error.status, to_json(error.body()), **error.headers)
+
+    async def _linger(self):
+        """Read on for a second: closing on unread bytes resets the connection, and takes the answer along."""
+        self.writer.write_eof()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._discard(), min(1.0, self.server.timeout))
+
+    async def _discard(self):
+        while await self.reader.read(MAX_HEAD):
+            pass
+
+    def _within(self, awaitable):
+        return asyncio.wait_for(awaitable, self.server.timeout)
+
+    def _coded(self, data):
+        return data if self.is_http10 or not data else b"%x\r\n%s\r\n" % (len(data), data)
+
+    def _head(self, status, headers) -> bytes:
+        self.keep_alive = self.keep_alive and not self.server.is_stopping
+        self.server.num_responses[status] += 1
+        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {formatdate(usegmt=True)}",
+                 f"Connection: {'keep-alive' if self.keep_alive else 'close'}", "X-Content-Type-Options: nosniff",
+                 *(f"{name}: {value}" for name, value in headers.items())]
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def to_json(value, encoder=json.JSONEncoder(separators=(",", ":"))) -> bytes:  # noqa: B008
+    """Compact JSON in ASCII."""
+    return encoder.encode(value).encode()
+
+
+class Server:
+    """The handle that `serve` returns. `url` is where it listens; `close()` stops it, and the LLM is free again."""
+
+    def __init__(self, llm: LLM, host: str, port: int, *, model_name: str, max_queue: int, max_body: int,
+                 max_connections: int, timeout: float, api_key: str | None):
+        if llm.tokenizer is None:
+            raise ValueError("serve: this model has no tokenizer, and the API speaks text")
+        self.llm, self.model_name, self.max_body, self.timeout = llm, model_name, max_body, timeout
+        self.max_samples = llm.scheduler.max_batch_requests + max_queue
+        self.max_connections, self.api_key = max_connections, api_key
+        self.created, self.num_responses, self.num_samples = int(time.time()), Counter(), 0
+        self.connections: dict[asyncio.Task, Connection] = {}
+        self.is_stopping, self.drain_seconds = False, 0.0
+        self.events: queue.SimpleQueue[str] = queue.SimpleQueue()  # "fatal", and whatever else is put there; see `wait`
+        self.routes = {"/v1/completions": ("POST", functools.partial(self._complete, is_chat=False)),
+                       "/v1/chat/completions": ("POST", functools.partial(self._complete, is_chat=True)),
+                       "/v1/models": ("GET", self._models), "/tokenize": ("POST", self._tokenize),
+                       "/detokenize": ("POST", self._detokenize), "/health": ("GET", self._health),
+                       "/metrics": ("GET", self._metrics), "/stats": ("GET", self._stats)}
+        started: concurrent.futures.Future = concurrent.futures.Future()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main(host, port, started)),
+                                        name="nanoserve loop", daemon=True)
+        self._thread.start()
+        self.url = started.result()
+
+    def wait(self) -> str:
+        """Sleep until something is put into `events`, by a signal handler or because the device failed."""
+        return self.events.get()
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        """Refuse what is new, let what runs finish within so many seconds, abort the rest, and stop."""
+        if self._thread.is_alive():
+            self.drain_seconds = drain_seconds
+            self._loop.call_soon_threadsafe(self._closing.set)
+            self._thread.join()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # ---- from start to stop ----
+
+    async def _main(self, host, port, started):
+        self._loop, self._closing, self._idle = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+        self._idle.set()
+        try:
+            listener = await asyncio.start_server(self._accept, host, port, limit=MAX_HEAD, backlog=1024)
+        except (OSError, OverflowError) as error:
+            started.set_exception(ValueError(f"serve: can not listen at {host}:{port}: {error}"))
+            return
+        self.engine = EngineThread(self.llm, self._loop, lambda: self.events.put("fatal"))
+        self._text_threads = concurrent.futures.ThreadPoolExecutor(2, "nanoserve text")
+        self.engine.start()
+        address, number = listener.sockets[0].getsockname()[:2]
+        started.set_result(f"http://{f'[{address}]' if ':' in address else address}:{number}")
+        await self._closing.wait()
+        self.is_stopping = True
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), self.drain_seconds)
+        listener.close()
+        self.engine.commands.put(lambda: self.engine.stop(HTTPError(503, "the server is stopping")))
+        await self._loop.run_in_executor(None, self.engine.join)
+        await self._hang_up()
+        self._text_threads.shutdown(wait=False)
+
+    async def _hang_up(self):
+        """Close all connections, those with an answer on its way a moment later."""
+        for task, connection in self.connections.items():
+            if connection.is_idle:
+                task.cancel()
+        if self.connections:
+            await asyncio.wait(self.connections, timeout=min(1.0, self.timeout))
+        for task in self.connections:
+            task.cancel()
+        await asyncio.gather(*self.connections, return_exceptions=True)
+
+    async def _accept(self, reader, writer):
+        connection, task = Connection(self, reader, writer), asyncio.current_task()
+        if len(self.connections) >= self.max_connections:
+            return await connection.run(is_surplus=True)
+        self.connections[task] = connection
+        try:
+            await connection.run()
+        finally:
+            del self.connections[task]
+
+    def route(self, method: str, path: str, headers: dict[str, str]) -> Callable:
+        """The handler of a request that may be made. Only /health is told to everybody."""
+        if self.api_key and path != "/health":
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self.api_key.encode()):
+                raise HTTPError(401, "Authorization: must be Bearer and this server's API key", code="invalid_api_key",
+                                WWW_Authenticate="Bearer")
+        if path not in self.routes:
+            raise HTTPError(404, f"there is no {path[:100]}")
+        allowed, handler = self.routes[path]
+        if method != allowed:
+            raise HTTPError(405, f"{path} takes {allowed} only", Allow=allowed)
+        return handler
+
+    # ---- what is served ----
+
+    async def _complete(self, connection, body, is_chat):
+        job = Job(body, is_chat)
+        self._check_model(body)
+        if job.priority and self.llm.scheduler.policy in (POLICIES["fcfs"], POLICIES["shortest"]):
+            raise ValueError("priority: this server's policy does not look at it")
+        with self._admitted(job):
+            async with connection.watched():
+                await self._loop.run_in_executor(self._text_threads, job.tokenize, self.llm)
+                self.engine.commands.put(lambda: self.engine.add(job))
+                updates = await job.take()  # nothing is sent before the engine has accepted it
+                answer = Answer(job, self.model_name, self.llm.tokenizer)
+                if job.stream:
+                    await connection.send_events(answer.opening())
+                    await connection.send_events(answer.chunks(updates))
+                    while not answer.is_finished:
+                        await connection.send_events(answer.chunks(await job.take()))
+                while not job.stream and len(updates) < job.num_samples:
+                    updates += await job.take()
+            if job.stream:
+                await connection.send_events(answer.closing())
+                await connection.end_events()
+            else:
+                await connection.respond(200, to_json(answer.whole(updates)))
+
+    @contextlib.contextmanager
+    def _admitted(self, job):
+        """A place for each of the job's samples, if there is room for them; whatever happens, none is left behind."""
+        if self.is_stopping:
+            raise HTTPError(503, "the server is stopping")
+        if job.num_samples > self.max_samples:
+            raise ValueError(f"n: {len(job.source)} prompts of {job.params.n} samples are more than the {self.max_samples} "
+                             f"that this server takes at once")
+        if self.num_samples + job.num_samples > self.max_samples:
+            raise HTTPError(429, "the queue is full", code="queue_full", Retry_After="1")
+        self.num_samples += job.num_samples
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.engine.commands.put(lambda: self.engine.forget(job))
+            self.num_samples -= job.num_samples
+            if not self.num_samples:
+                self._idle.set()
+
+    def _check_model(self, body):
+        if (name := body.get("model")) not in (None, self.model_name):
+            raise HTTPError(404, f"model: {name!r} is not served here; {self.model_name} is", "model", "model_not_found")
+
+    async def _models(self, connection, body):
+        model = {"id": self.model_name, "object": "model", "created": self.created, "owned_by": "nanoserve",
+                 "max_model_len": self.llm.max_model_len}
+        await connection.respond(200, to_json({"object": "list", "data": [model]}))
+
+    async def _tokenize(self, connection, body):
+        known = {"model", "prompt", "messages", "add_special_tokens"}
+        check_fields(body, known)
+        self._check_model(body)
+        tokenizer, prompt = self.llm.tokenizer, body.get("prompt")
+        if "messages" in body:
+            encode, text = functools.partial(encode_chat, tokenizer), parse_messages(body["messages"])
+        else:
+            special = body.get("add_special_tokens") is None or flag(body, "add_special_tokens")
+            encode, text = functools.partial(tokenizer.encode, add_special_tokens=special), prompt
+            if not isinstance(prompt, str):
+                raise ValueError(f"prompt: must be a text, got {type(prompt).__name__}")
+        tokens = await self._loop.run_in_executor(self._text_threads, encode, text)
+        await connection.respond(200, to_json({"tokens": tokens, "count": len(tokens),
+                                               "max_model_len": self.llm.max_model_len}))
+
+    async def _detokenize(self, connection, body):
+        check_fields(body, {"model", "tokens"})
+        self._check_model(body)
+        tokens, vocab = body.get("tokens"), self.llm.model.config.vocab_size
+        if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < vocab for token in tokens):
+            raise ValueError(f"tokens: must be a list of token ids from 0 to {vocab - 1}")
+        text = await self._loop.run_in_executor(self._text_threads, self.llm.tokenizer.decode, tokens, False)
+        await connection.respond(200, to_json({"prompt": text}))
+
+    async def _health(self, connection, body):
+        state = "failed" if self.engine.fatal else "stopping" if self.is_stopping else "ok"
+        await connection.respond(200 if state == "ok" else 503, to_json({"status": state}))
+
+    async def _stats(self, connection, body):
+        await connection.respond(200, to_json(await self._snapshot()))
+
+    async def _metrics(self, connection, body):
+        text = render_metrics(await self._snapshot(), self.engine, self.num_responses)
+        await connection.respond(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+    async def _snapshot(self):
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        self.engine.commands.put(lambda: self.engine.snapshot(future))
+        return {**await asyncio.wrap_future(future), "connections": len(self.connections),
+                "admitted_samples": self.num_samples, "max_samples": self.max_samples}
+
+
+def render_metrics(stats: dict[str, int], engine: EngineThread, responses: Counter) -> str:
+    """Prometheus' text format, version 0.0.4."""
+    lines: list[str] = []
+
+    def metric(name, kind, about, *samples):
+        lines.extend([f"# HELP nanoserve_{name} {about}", f"# TYPE nanoserve_{name} {kind}", *samples])
+
+    for key, name, kind, about in (
+            ("waiting", "requests_waiting", "gauge", "Requests in the queue."),
+            ("running", "requests_running", "gauge", "Requests that share the steps."),
+            ("connections", "connections", "gauge", "Open connections."),
+            ("admitted_prompt_tokens", "prompt_tokens_total", "counter", "Tokens of the prompts that were accepted."),
+            ("output_tokens", "output_tokens_total", "counter", "Tokens generated."),
+            ("hit_tokens", "prefix_hit_tokens_total", "counter", "Tokens found in the prefix cache."),
+            ("steps", "steps_total", "counter", "Steps of the engine."),
+            ("preemptions", "preemptions_total", "counter", "Requests that lost their blocks and were queued again."),
+            ("finished", "requests_finished_total", "counter", "Samples that came to their end."),
+            ("aborted", "requests_aborted_total", "counter", "Samples that did not."),
+            ("failed", "requests_failed_total", "counter", "Samples that an error ended.")):
+        metric(name, kind, about, f"nanoserve_{name} {stats[key]}")
+    metric("kv_blocks", "gauge", "Blocks of the KV cache by state; cached ones are free, but match a prefix.",
+           *(f'nanoserve_kv_blocks{{state="{state}"}} {stats[f"blocks_{state}"]}' for state in ("used", "cached", "free")))
+    metric("http_responses_total", "counter", "Answers by status code.",
+           *(f'nanoserve_http_responses_total{{code="{code}"}} {n}' for code, n in sorted(responses.items())))
+    for name, histogram, about in (("time_to_first_token_seconds", engine.ttft, "From the body's arrival to a first token."),
+                                   ("inter_token_latency_seconds", engine.itl, "Between two tokens of a sample."),
+                                   ("request_seconds", engine.e2e, "From the body's arrival to a sample's last token.")):
+        metric(name, "histogram", about, *histogram.render(f"nanoserve_{name}"))
+    return "\n".join(lines) + "\n"
+
+
+def serve(llm: LLM, host: str = "127.0.0.1", port: int = 0, *, model_name: str = "nanoserve", max_queue: int = 1024,
+          max_body: int = 4 << 20, max_connections: int = 1024, timeout: float = 30.0, api_key: str | None = None) -> Server:
+    """Serve an LLM over HTTP, in two threads of this process, until the handle's `close()`. Port 0 is any free one.
+
+    max_queue: samples that may wait beyond those that can run; more get 429 · max_body: bytes of a request's body ·
+    timeout: seconds for a client to send its headers, its body, or the next request, and to read what is written.
+    Meanwhile nobody else may use the LLM. ValueError if the address can not be had. Survey A IV.A · B 3.2.4.
+    """
+    server = Server(llm, host, port, model_name=model_name, max_queue=max_queue, max_body=max_body,
+                    max_connections=max_connections, timeout=timeout, api_key=api_key)
+    is_local = server.url.startswith(("http://127.", "http://[::1]"))
+    log.info(f"{model_name} is served at {server.url}, which {'only this machine' if is_local else 'other machines'} can "
+             f"reach, {'with' if api_key else 'without'} a key")
+    return server
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1426,18 +2439,19 @@ USAGE = """nanoserve: a language model server you can read
   nanoserve "Once upon a time"                          complete a prompt
   nanoserve chat                                        talk to the model
   nanoserve generate --file prompts.txt --jsonl out     complete a file of prompts, one a line; resumes where it stopped
+  nanoserve serve --port 8000                           answer over HTTP, as OpenAI's API does
   nanoserve bench --shape gpt2 --compare transformers   measure
 
 Each takes --model FOLDER or hub name (default: the small model that comes along), and --help tells the rest.
 """
 
 
-def make_llm(args: argparse.Namespace, model=None) -> LLM:
+def make_llm(args: argparse.Namespace, model=None, **more) -> LLM:
     """An LLM from the command line's options."""
     where = {} if model else {"device": args.device, "dtype": args.dtype, "quantize": args.quantize}
     return LLM(model or args.model, **where, kv_memory=args.kv_memory,
                max_batch_tokens=args.max_batch_tokens, max_batch_requests=args.max_batch_requests,
-               max_model_len=args.max_model_len, seed=random.getrandbits(63) if args.seed is None else args.seed)
+               max_model_len=args.max_model_len, seed=random.getrandbits(63) if args.seed is None else args.seed, **more)
 
 
 def sampling_from(args: argparse.Namespace) -> SamplingParams:
@@ -1474,7 +2488,8 @@ def parse_range(text: str) -> tuple[int, int]:
 def parser_for(command: str) -> argparse.ArgumentParser:
     """The options of one command."""
     about = {"complete": "Complete a prompt and print the text as it comes.", "chat": "Talk to the model.",
-             "generate": "Complete every line of a file.", "bench": "Measure speed on a synthetic workload."}[command]
+             "generate": "Complete every line of a file.", "serve": "Answer over HTTP, as OpenAI's API does.",
+             "bench": "Measure speed on a synthetic workload."}[command]
     parser = argparse.ArgumentParser(prog="nanoserve" + (f" {command}" if command != "complete" else ""), description=about)
     if command == "complete":
         parser.add_argument("prompt", help="text to continue")
@@ -1499,6 +2514,16 @@ def parser_for(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--nano-vllm", action="store_true", help="nano-vLLM's 256 requests instead")
         parser.add_argument("--runs", type=positive, default=3, help="the median of these is printed (3)")
         parser.add_argument("--compare", choices=["transformers"], help="run the same through this, in turn")
+        return parser
+    if command == "serve":
+        parser.add_argument("--host", default="127.0.0.1", help="127.0.0.1; 0.0.0.0 lets other machines in")
+        parser.add_argument("--port", type=int, default=8000, help="0 is any free one (8000)")
+        parser.add_argument("--api-key", default=os.environ.get("NANOSERVE_API_KEY"), help="or $NANOSERVE_API_KEY")
+        parser.add_argument("--max-queue", type=int, default=1024, help="samples that may wait; more get status 429 (1024)")
+        parser.add_argument("--max-body", type=parse_memory, default=4 << 20, help="of a request's body (4MiB)")
+        parser.add_argument("--max-connections", type=positive, default=1024, help="at once (1024)")
+        parser.add_argument("--timeout", type=float, default=30.0, help="seconds for a client to send or read (30)")
+        parser.add_argument("--drain-seconds", type=float, default=30.0, help="to finish what runs when told to stop (30)")
         return parser
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--max-tokens", type=int, help="tokens to generate (256, or what fits)")
@@ -1620,20 +2645,40 @@ def generate_file(args: argparse.Namespace) -> None:
                           num_tokens=len(result.token_ids), **({"error": request.error} if request.error else {}))
 
 
+def serve_until_signal(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT, then finish what runs. Returns 0, or 1 if the engine failed."""
+    llm = make_llm(args, policy="priority")  # first come, first served among requests that do not ask for anything else
+    # A folder's own name: the way to it is nobody's business.
+    name = args.model or "nanoserve"
+    name = Path(name).resolve().name if Path(name).is_dir() else name
+    server = serve(llm, args.host, args.port, model_name=name, api_key=args.api_key, max_queue=args.max_queue,
+                   max_body=args.max_body, max_connections=args.max_connections, timeout=args.timeout)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: server.events.put(signal.Signals(number).name))
+    event = server.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # the second one does not wait
+    log.info(f"{event}: stopping within {args.drain_seconds:g} seconds")
+    server.close(args.drain_seconds)
+    return int(event == "fatal")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command `nanoserve`. Returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """The command `nanoserve`. Returns the exit code: 0, 1 if a server's engine failed, 2 for what the user can mend, 130
+    after Ctrl-C.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         parser_for("complete").print_help()
         return 0
-    commands = {"chat": chat, "generate": generate_file, "bench": bench}
+    commands = {"chat": chat, "generate": generate_file, "serve": serve_until_signal, "bench": bench}
     name = argv[0] if argv[0] in commands else "complete"
     args = parser_for(name).parse_args(argv[1:] if name in commands else argv)
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     log.disabled = name == "bench"  # it prints the same line itself
     try:
-        {**commands, "complete": complete}[name](args)
+        return {**commands, "complete": complete}[name](args) or 0
     except ValueError as error:
         print(f"nanoserve: {error}", file=sys.stderr)
         return 2

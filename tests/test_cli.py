@@ -133,8 +133,8 @@ def test_wrong_options_exit_with_2(argv, capsys):
 
 
 @pytest.mark.parametrize("command, known", [
-    ("", ["chat", "generate", "bench"]), ("chat", ["--temperature", "--max-tokens"]),
-    ("generate", ["--file", "--jsonl", "--top-p"]),
+    ("", ["chat", "generate", "serve", "bench"]), ("chat", ["--temperature", "--max-tokens"]),
+    ("generate", ["--file", "--jsonl", "--top-p"]), ("serve", ["--port", "--api-key", "--max-queue", "--drain-seconds"]),
     ("bench", ["--shape", "gpt2", "--compare", "--input-len", "--runs"])])
 def test_help(command, known, capsys):
     """Names every option; `nanoserve` alone, and `-h`, print the overview."""

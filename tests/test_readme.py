@@ -49,7 +49,7 @@ def test_the_cuda_kernel_in_the_readme_runs(monkeypatch):
                                   if "nanoserve.py" in line])
 def test_the_commands_in_the_readme_parse(line):
     words = shlex.split(line[line.index("nanoserve.py"):])[1:]
-    command = words[0] if words[0] in ("chat", "generate", "bench") else "complete"
+    command = words[0] if words[0] in ("chat", "generate", "serve", "bench") else "complete"
     nanoserve.parser_for(command).parse_args(words[command != "complete":])
 
 

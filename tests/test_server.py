@@ -1,0 +1,950 @@
+"""The server, through real sockets: what OpenAI's clients expect, what hostile ones try, and what happens when things fail.
+
+The engine is the toy of test_engine.py in float64, so that an answer over HTTP can be compared with the offline one token by
+token. Where a test is about *when* something happens, `Gate` lets the engine take its steps one by one.
+"""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import re
+import socket
+import threading
+import time
+
+import load
+import pytest
+import torch
+from test_engine import engine as toy_engine
+
+import nanoserve
+from nanoserve import LLM, Job, SamplingParams, main, serve
+
+PATIENCE = 20  # seconds that a test waits for what must happen, before it fails
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+PROMPT = "Once upon a time"
+
+
+def make(**options) -> LLM:
+    llm = toy_engine(tokenizer="byte_level", **{"policy": "priority", **options})
+    llm.tokenizer.chat_template = TEMPLATE
+    return llm
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serve(make()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def offline():
+    """The same engine without a server."""
+    return make()
+
+
+@pytest.fixture
+def serving():
+    """Start servers that are closed at the end of the test, whatever happens."""
+    with contextlib.ExitStack() as stack:
+        yield lambda llm=None, **options: stack.enter_context(serve(llm or make(), **options))
+
+
+class Gate:
+    """The engine's steps, one for each `open()`."""
+
+    def __init__(self, llm: LLM):
+        self.step, self.permits, llm.step = llm.step, threading.Semaphore(0), self._step
+        self.entered = 0
+
+    def _step(self):
+        self.entered += 1
+        self.permits.acquire()
+        return self.step()
+
+    def open(self, steps: int = 1):
+        self.permits.release(steps)
+
+
+def until(condition):
+    """Wait for something that another thread is about to do."""
+    deadline = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.002)
+    return value
+
+
+def port_of(server) -> int:
+    return int(server.url.rpartition(":")[2])
+
+
+def call(server, path, body=None, **headers):
+    """(status, headers, JSON or text) of one request on a connection of its own."""
+    connection = http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=PATIENCE)
+    data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
+    connection.request("GET" if body is None else "POST", path, data, headers)
+    response = connection.getresponse()
+    try:
+        text = response.read()
+    except http.client.IncompleteRead as cut:  # a stream that ends with an error has no end
+        text = cut.partial
+    connection.close()
+    text, kind = text.decode(), response.headers["Content-Type"]
+    return response.status, response.headers, json.loads(text) if kind == "application/json" else text
+
+
+def complete(server, prompt=PROMPT, **fields) -> dict:
+    """The answer of /v1/completions."""
+    status, _, answer = call(server, "/v1/completions", {"prompt": prompt, "temperature": 0, **fields})
+    assert status == 200, answer
+    return answer
+
+
+def events_of(text: str) -> list:
+    """The events of a stream, which must be whole."""
+    assert text.endswith("data: [DONE]\n\n")
+    return [json.loads(event.removeprefix("data: ")) for event in text.split("\n\n")[:-2]]
+
+
+def stream(server, path="/v1/completions", **body) -> list:
+    """The events of a streamed answer."""
+    status, headers, text = call(server, path, {"stream": True, "temperature": 0, **body})
+    assert status == 200 and headers["Content-Type"].startswith("text/event-stream"), text
+    return events_of(text)
+
+
+def raw(server, data: bytes, half_close=False) -> bytes:
+    """Send bytes and read until the server hangs up."""
+    with socket.create_connection(("127.0.0.1", port_of(server)), PATIENCE) as client:
+        client.sendall(data)
+        if half_close:
+            client.shutdown(socket.SHUT_WR)
+        received = b""
+        with contextlib.suppress(ConnectionResetError):
+            while piece := client.recv(65536):
+                received += piece
+        return received
+
+
+def post(body, path="/v1/completions", headers="") -> bytes:
+    """A request's bytes."""
+    return load.http("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode(), headers)
+
+
+def status_of(received: bytes) -> int:
+    return int(re.match(rb"HTTP/1\.1 (\d{3}) [\w ]+\r\n", received)[1])
+
+
+def is_idle(llm) -> bool:
+    """Nothing waits, runs or holds a block. Only the engine thread touches these, so ask when it has nothing to do."""
+    return not llm.has_work() and llm.pool.num_free == llm.pool.num_usable
+
+
+# ---- answers ----
+
+
+def test_a_completion_is_what_the_engine_says(server, offline):
+    output = offline.generate(PROMPT, SamplingParams(temperature=0, max_tokens=12))[0]
+    answer = complete(server, max_tokens=12)
+    assert answer["choices"] == [{"index": 0, "text": output.text, "logprobs": None, "finish_reason": "length"}]
+    assert answer["usage"] == {"prompt_tokens": len(output.prompt_token_ids), "completion_tokens": 12,
+                               "total_tokens": len(output.prompt_token_ids) + 12}
+    assert answer["object"] == "text_completion" and answer["model"] == "nanoserve" and answer["id"].startswith("cmpl-")
+    assert complete(server)["usage"]["completion_tokens"] == 16  # OpenAI's default
+
+
+@pytest.mark.parametrize("prompt", [[PROMPT, "One day"], [[5, 6, 7], [8, 9]], [5, 6, 7]], ids=str)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_all_forms_of_prompts_with_n_samples(server, offline, prompt, streamed):
+    """Choices are numbered prompt by prompt; usage counts each prompt once."""
+    params = SamplingParams(temperature=0.9, seed=3, n=3, max_tokens=6)
+    prompts = [prompt] if type(prompt[0]) is int else prompt
+    outputs = offline.generate(prompts, params)
+    fields = {"prompt": prompt, "n": 3, "temperature": 0.9, "seed": 3, "max_tokens": 6}
+    texts = [""] * len(outputs)
+    if streamed:
+        *chunks, last = stream(server, **fields, stream_options={"include_usage": True})
+        for chunk in chunks:
+            assert chunk["usage"] is None
+            texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+        assert last["choices"] == []
+    else:
+        last = complete(server, **fields)
+        texts = [choice["text"] for choice in last["choices"]]
+        assert [choice["index"] for choice in last["choices"]] == list(range(len(outputs)))
+    assert texts == [output.text for output in outputs] and len(set(texts)) > 1
+    assert last["usage"]["completion_tokens"] == sum(len(output.token_ids) for output in outputs)
+    assert last["usage"]["prompt_tokens"] == sum(len(output.prompt_token_ids) for output in outputs[::3])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_chat(server, offline, streamed):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    ids = offline.tokenizer.apply_chat_template([messages[0], {"role": "user", "content": "Hi"}])
+    output = offline.generate([ids], SamplingParams(temperature=0, max_tokens=9))[0]
+    body = {"messages": messages, "max_completion_tokens": 9, "temperature": 0, "user": "me", "metadata": {"a": "b"}}
+    if streamed:
+        chunks = stream(server, "/v1/chat/completions", **body)
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        assert deltas[0] == {"role": "assistant", "content": ""} and all("role" not in delta for delta in deltas[1:])
+        assert "".join(delta.get("content", "") for delta in deltas) == output.text
+        assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+        assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"} and not any("usage" in c for c in chunks)
+    else:
+        _, _, answer = call(server, "/v1/chat/completions", body)
+        assert answer["choices"] == [{"index": 0, "message": {"role": "assistant", "content": output.text, "refusal": None},
+                                      "logprobs": None, "finish_reason": "length"}]
+        assert answer["object"] == "chat.completion" and answer["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_a_chat_without_a_limit_gets_what_fits(server, offline):
+    messages = [{"role": "user", "content": "Hi"}]
+    room = offline.longest_request - len(offline.tokenizer.apply_chat_template(messages))
+    _, _, answer = call(server, "/v1/chat/completions", {"messages": messages, "temperature": 0, "ignore_eos": True})
+    assert answer["usage"]["completion_tokens"] == room and answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_stop_strings_end_the_text_and_never_leak(server, offline):
+    """Not in the text, not in the tokens of the log-probabilities, streamed or not."""
+    text = offline.generate(PROMPT, SamplingParams(temperature=0, max_tokens=24))[0].text
+    stop = text[9:12]
+    before = text[: text.index(stop)]
+    whole = complete(server, max_tokens=24, stop=[stop, "never said"], logprobs=0)["choices"][0]
+    assert whole["text"] == before and whole["finish_reason"] == "stop"
+    assert "".join(whole["logprobs"]["tokens"]).startswith(before) and stop not in "".join(whole["logprobs"]["tokens"])
+    choices = [event["choices"][0] for event in stream(server, prompt=PROMPT, max_tokens=24, stop=stop, logprobs=0)]
+    assert "".join(choice["text"] for choice in choices) == before and choices[-1]["finish_reason"] == "stop"
+    shown = ""
+    for choice in choices:
+        shown += choice["text"]
+        told = [(o, t) for o, t in zip(*((choice["logprobs"] or {}).get(k, []) for k in ("text_offset", "tokens")))]
+        assert all(offset < len(shown) for offset, _ in told)
+
+
+def test_a_stop_token_ends_it_and_counts_but_does_not_show(server, offline):
+    ids = offline.generate(PROMPT, SamplingParams(temperature=0, max_tokens=8))[0].token_ids
+    at = ids.index(ids[4])
+    answer = complete(server, max_tokens=8, stop_token_ids=[ids[4]], logprobs=1)
+    assert answer["usage"]["completion_tokens"] == at + 1 and answer["choices"][0]["finish_reason"] == "stop"
+    assert len(answer["choices"][0]["logprobs"]["tokens"]) == at
+
+
+def test_no_half_characters_are_streamed(serving, monkeypatch):
+    """The engine is made to say a text whose characters are several tokens each."""
+    llm, said = make(), "née 🦊 žluť"
+    script = llm.tokenizer.encode(said, add_special_tokens=False)
+
+    def sample(samplers, logits):
+        tokens = [script[request.num_output] for request, _ in samplers]
+        return tokens, [{token: -1.5} for token in tokens]
+
+    monkeypatch.setattr(llm, "sample", sample)
+    server = serving(llm)
+    chunks = stream(server, "/v1/chat/completions", messages=[{"role": "user", "content": "Hi"}], max_tokens=len(script),
+                    logprobs=True, ignore_eos=True)
+    pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(pieces).lstrip() == said and len(script) > len([piece for piece in pieces if piece]) > 3
+    assert "�" not in "".join(pieces)
+    content = [entry for chunk in chunks for entry in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]]
+    assert bytes(byte for entry in content for byte in entry["bytes"]).decode().lstrip() == said
+    assert len(content) == len(script)
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_logprobs_of_completions(server, offline, echo, streamed):
+    params = SamplingParams(temperature=0, max_tokens=6, logprobs=2, prompt_logprobs=2)
+    output = offline.generate(PROMPT, params)[0]
+    fields = {"max_tokens": 6, "logprobs": 2, "echo": echo}
+    if streamed:
+        choices = [event["choices"][0] for event in stream(server, prompt=PROMPT, **fields)]
+        text, got = "".join(choice["text"] for choice in choices), {}
+        for choice in choices:
+            for key, values in (choice["logprobs"] or {}).items():
+                got.setdefault(key, []).extend(values)
+    else:
+        choice = complete(server, **fields)["choices"][0]
+        text, got = choice["text"], choice["logprobs"]
+    ids = (output.prompt_token_ids if echo else []) + output.token_ids
+    expected = (output.prompt_logprobs if echo else []) + output.logprobs
+    assert text == (PROMPT if echo else "") + output.text
+    assert got["token_logprobs"] == [top and pytest.approx(top[token]) for token, top in zip(ids, expected)]
+    assert [top and len(top) for top in got["top_logprobs"]] == [top and len(top) for top in expected]
+    ends = [*got["text_offset"][1:], len(text)]
+    shown = [text[start:end] for start, end in zip(got["text_offset"], ends)]
+    assert shown == ([""] if echo else []) + got["tokens"][echo:] and "".join(shown) == text and len(shown) == len(ids)
+    assert not echo or got["tokens"][0] == "<|begin_of_text|>"
+
+
+def test_logprobs_of_a_chat(server, offline):
+    messages = [{"role": "user", "content": "Hi"}]
+    ids = offline.tokenizer.apply_chat_template(messages)
+    output = offline.generate([ids], SamplingParams(temperature=0, max_tokens=5, logprobs=3))[0]
+    _, _, answer = call(server, "/v1/chat/completions", {"messages": messages, "temperature": 0, "max_tokens": 5,
+                                                         "logprobs": True, "top_logprobs": 3})
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert [entry["logprob"] for entry in content] == [pytest.approx(top[token]) for token, top in
+                                                       zip(output.token_ids, output.logprobs)]
+    assert [[top["logprob"] for top in entry["top_logprobs"]] for entry in content] == [
+        pytest.approx(list(top.values())[:3]) for top in output.logprobs]
+    assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == output.text
+    assert all(bytes(entry["bytes"]).decode() == entry["token"] for entry in content)
+
+
+@pytest.mark.parametrize("folder", ["byte_level", "metaspace", "prepend"])
+def test_the_bytes_of_tokens_make_up_their_text(folder):
+    tokenizer = nanoserve.Tokenizer(load.ROOT / "tests" / "data" / "tokenizers" / folder)
+    for text in ("Once upon a time", "née 🦊\n žluť", "<|x|> 12"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert b"".join(map(tokenizer.token_bytes, ids)).decode().strip() == text
+    assert tokenizer.token_bytes(10**6) == b""
+
+
+def test_every_sampling_field_arrives():
+    body = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "n": 2, "stop": ["a", "b"], "seed": 4,
+            "max_tokens": 9, "presence_penalty": 0.1, "frequency_penalty": 0.2, "repetition_penalty": 1.1, "logprobs": 3,
+            "logit_bias": {"5": -100, "6": 1.5}, "ignore_eos": True, "min_tokens": 2, "stop_token_ids": [3]}
+    assert set(body) == nanoserve.SAMPLING_FIELDS
+    params = SamplingParams(**{**body, "logit_bias": {5: -100, 6: 1.5}})
+    assert Job({"prompt": "x", **body}, is_chat=False).params == params
+    nothing = Job({"prompt": "x", "suffix": None, **dict.fromkeys(body)}, is_chat=False)
+    assert nothing.params == SamplingParams(max_tokens=16)
+
+
+def test_a_template_that_refuses_is_the_messages_fault(serving):
+    llm = make()
+    server = serving(llm)
+    llm.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    for path in ("/v1/chat/completions", "/tokenize"):
+        status, _, answer = call(server, path, {"messages": [{"role": "user", "content": "x"}]})
+        assert (status, answer["error"]["param"]) == (400, "messages") and "alternate" in answer["error"]["message"]
+
+
+def test_seeds_and_biases_and_penalties_act(server, offline):
+    fields = {"temperature": 1.3, "seed": 11, "top_k": 20, "repetition_penalty": 1.3, "max_tokens": 12}
+    output = offline.generate(PROMPT, SamplingParams(logit_bias={200: 3.0}, **fields))[0]
+    assert complete(server, logit_bias={"200": 3.0}, **fields)["choices"][0]["text"] == output.text
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize("fields, status, param", [
+    ({"temprature": 1}, 400, "temprature"), ({"temperature": -1}, 400, "temperature"), ({"n": True}, 400, "n"),
+    ({"n": 2.0}, 400, "n"), ({"n": 17}, 400, "n"), ({"n": 4096}, 400, "n"), ({"max_tokens": "5"}, 400, "max_tokens"),
+    ({"max_tokens": 0}, 400, "max_tokens"), ({"max_tokens": 2000}, 400, "prompt"), ({"seed": 1.5}, 400, "seed"),
+    ({"stop": [""]}, 400, "stop"), ({"stop": ["x"] * 17}, 400, "stop"), ({"stream": 1}, 400, "stream"),
+    ({"logit_bias": {"x": 1}}, 400, "logit_bias"), ({"logit_bias": {"5": "y"}}, 400, "logit_bias"),
+    ({"logit_bias": {"99999": 1}}, 400, "logit_bias"), ({"logit_bias": [1]}, 400, "logit_bias"),
+    ({"logprobs": True}, 400, "logprobs"), ({"echo": "yes"}, 400, "echo"), ({"best_of": 2}, 400, "best_of"),
+    ({"suffix": "z"}, 400, "suffix"), ({"tools": [{}]}, 400, "tools"), ({"messages": []}, 400, "messages"),
+    ({"stream": None, "stream_options": {}}, 400, "stream_options"), ({"top_logprobs": 1}, 400, "top_logprobs"),
+    ({"stream": True, "stream_options": {"oops": 1}}, 400, "stream_options"), ({"priority": "high"}, 400, "priority"),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, 400, "include_usage"), ({"cache_salt": 5}, 400, "cache_salt"),
+    ({"prompt": None}, 400, "prompt"), ({"prompt": {}}, 400, "prompt"), ({"prompt": []}, 400, "prompt"),
+    ({"prompt": [[]]}, 400, "prompt"), ({"prompt": ["x", 1]}, 400, "prompt"), ({"prompt": [1.5]}, 400, "prompt"),
+    ({"prompt": [True]}, 400, "prompt"), ({"prompt": [5, 400]}, 400, "prompt"), ({"prompt": [-1]}, 400, "prompt"),
+    ({"prompt": [10**30]}, 400, "prompt"), ({"prompt": ["x"] * 2000}, 400, "n"), ({"min_tokens": 17}, 400, "min_tokens"),
+    ({"prompt": ["fine", "x" * 2000]}, 400, "prompt"), ({"model": "gpt-5"}, 404, "model"), ({"model": 5}, 404, "model"),
+    ({"priority": 10**400, "max_tokens": -1}, 400, "max_tokens")], ids=str)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_is_refused_is_named(server, fields, status, param, streamed):
+    """Before anything is streamed."""
+    got, _, answer = call(server, "/v1/completions", {"prompt": "x", "stream": streamed, **fields})
+    assert (got, answer["error"]["param"]) == (status, param)
+    assert set(answer["error"]) == {"message", "type", "param", "code"} and answer["error"]["message"]
+
+
+@pytest.mark.parametrize("fields, param", [
+    ({"messages": "hi"}, "messages"), ({"messages": [{"content": "x"}]}, "messages"), ({"messages": [5]}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "messages"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages"), ({"prompt": "x"}, "prompt"),
+    ({"max_completion_tokens": 5, "max_tokens": 6}, "max_completion_tokens"), ({"top_logprobs": 2}, "top_logprobs"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"), ({"logprobs": 3}, "logprobs"), ({"echo": True}, "echo"),
+    ({"logprobs": True, "top_logprobs": 1.0}, "top_logprobs"), ({"response_format": {"type": "json_object"}},
+                                                                "response_format")], ids=str)
+def test_what_a_chat_refuses(server, fields, param):
+    status, _, answer = call(server, "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], **fields})
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"{", b"[]", b"5", b'{"prompt": "x", "prompt": "y"}', b'{"prompt": "x", "temperature": NaN}', b'{"prompt": "\xff"}',
+    b'{"prompt": "x", "temperature": -Infinity}', b'{"prompt": "x", "temperature": 1e999}', b'{"prompt": "\\ud800"}',
+    b'{"prompt": ' + b"[" * 100_000, b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", b'\xef\xbb\xbf{"prompt": "x"}',
+    b'{"prompt": "x", "\\ud800": 1}', b'{"prompt": "x",}'], ids=lambda body: repr(body[:40]))
+def test_json_that_is_none(server, body):
+    received = raw(server, post(body))
+    assert status_of(received) == 400 and b"Traceback" not in received and b".py" not in received
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize("data, status", [
+    (HEAD + b"\r\n", 411), (HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+    (HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n", 400),
+    (HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400), (HEAD + b"Content-Length: 2, 2\r\n\r\n{}", 400),
+    (HEAD + b"Content-Length: +2\r\n\r\n{}", 400), (HEAD + b"Content-Length: -2\r\n\r\n{}", 400),
+    (HEAD + b"Content-Length: 0x2\r\n\r\n{}", 400), (HEAD + b"Content-Length: 99999999999999999999999\r\n\r\n{}", 400),
+    (HEAD + b"Content-Length: 5000000\r\n\r\n", 413), (HEAD + b"X : y\r\n\r\n", 400), (HEAD + b" folded\r\n\r\n", 400),
+    (HEAD + b"X: a\rb\r\n\r\n", 400), (HEAD + b"X: a\nb\r\n\r\n", 400), (HEAD + b"X: \0\r\n\r\n", 400),
+    (HEAD + b"nothing\r\n\r\n", 400), (HEAD + b"Host: y\r\n\r\n", 400), (HEAD + b"X: " + b"y" * 40_000 + b"\r\n\r\n", 431),
+    (HEAD + b"Expect: tea\r\nContent-Length: 2\r\n\r\n{}", 417), (HEAD + b"Content-Type: a/b\r\n\r\n", 400),
+    (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", 415),
+    (b"POST /v1/completions HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", 400), (b"GET /health HTTP/2.0\r\n\r\n", 400),
+    (b"GET  /health HTTP/1.1\r\nHost: x\r\n\r\n", 400), (b"G\0T /health HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    (b"GET /health\r\n\r\n", 400), (b"\r\n\r\n\r\n\r\n", 400), (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", 400),
+    (b"GET /health HTTP/1.0\r\n\r\n", 200), (b"GET /health?x=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 200),
+    (b"HEAD /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405),
+    (b"GET /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405),
+    (b"BREW /tokenize HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405),
+    (b"GET /../../etc/passwd HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 404)], ids=lambda x: repr(x)[:60])
+def test_strict_http(server, data, status):
+    received = raw(server, data)
+    assert status_of(received) == status and b"Traceback" not in received
+    if status == 405:
+        assert re.search(rb"\r\nAllow: (GET|POST)\r\n", received)
+
+
+def test_a_body_that_is_too_long_is_refused_though_it_is_still_being_sent(server):
+    """The answer must not be lost to a reset because bytes were left unread."""
+    received = raw(server, post(b" " * (5 << 20)))
+    assert status_of(received) == 413 and b"max_body=4194304" in received
+
+
+def test_expect_100_continue(server):
+    received = raw(server, post({"prompt": "x"}, headers="Expect: 100-continue\r\n"))
+    assert received.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
+
+
+@pytest.mark.parametrize("data, status", [(b"POST /v1/comp", 408), (HEAD + b"Content-Length: 9\r\n\r\n{", 408), (b"", None)])
+def test_a_client_that_sends_too_slowly_is_let_go(serving, data, status):
+    received = raw(serving(timeout=0.2), data)
+    assert status_of(received) == status if status else received == b""
+
+
+def test_the_key(serving):
+    server = serving(api_key="sésame")
+    body = {"prompt": "x", "max_tokens": 1}
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "}, {"Authorization": "Basic sésame"}):
+        for path in ("/v1/completions", "/metrics", "/nowhere"):
+            status, got, answer = call(server, path, None if path == "/metrics" else body,
+                                       **{k: v.encode() for k, v in headers.items()})
+            assert (status, answer["error"]["code"], got["WWW-Authenticate"]) == (401, "invalid_api_key", "Bearer")
+    assert call(server, "/v1/completions", body, Authorization="Bearer sésame".encode())[0] == 200
+    assert call(server, "/health")[0] == 200
+
+
+# ---- connections ----
+
+
+def test_connections_are_kept_and_reused(server):
+    client = http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=PATIENCE)
+    ports = set()
+    for fields in ({"max_tokens": 2}, {"n": 0}, {"max_tokens": 2, "stream": True}):
+        body = {"prompt": "x", **fields}
+        client.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        ports.add(client.sock.getsockname())
+        response = client.getresponse()
+        assert response.read() and response.headers["Connection"] == "keep-alive" and "Access-Control" not in str(
+            response.headers)
+    client.request("GET", "/nowhere")
+    assert client.getresponse().read() and client.sock.getsockname() in ports and len(ports) == 1
+    client.close()
+
+
+def test_a_client_that_sends_ahead_gets_one_answer_and_is_hung_up_on(serving):
+    llm = make()
+    gate, server = Gate(llm), serving(llm)
+    with socket.create_connection(("127.0.0.1", port_of(server)), PATIENCE) as client:
+        request = post({"prompt": "x", "max_tokens": 1}).replace(b"Connection: close\r\n", b"")
+        client.sendall(request)
+        until(lambda: llm.has_work())
+        client.sendall(request)
+        until(lambda: not next(iter(server.connections.values())).keep_alive)
+        gate.open(1)
+        received = b"".join(iter(lambda: client.recv(65536), b""))
+    assert received.count(b"HTTP/1.1") == 1 and b"\r\nConnection: close\r\n" in received and b'"usage"' in received
+
+
+def test_http_1_0_gets_a_stream_without_chunks(server):
+    received = raw(server, post({"prompt": "x", "stream": True, "max_tokens": 2}).replace(b"HTTP/1.1", b"HTTP/1.0"))
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert b"chunked" not in head and events_of(body.decode())[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_too_many_connections(serving):
+    server = serving(max_connections=2)
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port_of(server))))
+        until(lambda: len(server.connections) == 2)
+        received = raw(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", half_close=True)
+        assert status_of(received) == 503 and b"\r\nRetry-After: 1\r\n" in received
+    until(lambda: not server.connections)
+    assert call(server, "/health")[0] == 200
+
+
+def test_a_full_queue_is_429_and_says_when_to_come_back(serving):
+    llm = make(max_batch_requests=2)
+    gate, server = Gate(llm), serving(llm, max_queue=1)
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(complete(server, max_tokens=2))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    until(lambda: server.num_samples == 3)
+    status, headers, answer = call(server, "/v1/completions", {"prompt": "x"})
+    assert (status, headers["Retry-After"], answer["error"]["code"]) == (429, "1", "queue_full")
+    assert call(server, "/v1/completions", {"prompt": "x", "n": 4})[0] == 400  # would never fit
+    gate.open(100)
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert len(answers) == 3 and complete(server, max_tokens=2)
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "half-close"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_who_leaves_is_aborted_within_one_step(serving, streamed, how):
+    llm = make()
+    gate, server = Gate(llm), serving(llm)
+    client = socket.create_connection(("127.0.0.1", port_of(server)), PATIENCE)
+    client.sendall(post({"prompt": PROMPT, "max_tokens": 90, "n": 2, "stream": streamed}))
+    gate.open(3)
+    until(lambda: gate.entered == 4)
+    if how == "reset":
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    if how == "half-close":
+        client.shutdown(socket.SHUT_WR)
+    else:
+        client.close()
+    until(lambda: not server.engine.commands.empty())
+    gate.open(1)  # the step that was under way
+    until(lambda: is_idle(llm))
+    assert llm.stats()["steps"] == 4 and llm.stats()["aborted"] == 2
+    client.close()
+    gate.open(100)
+    assert complete(server, max_tokens=2)["choices"][0]["finish_reason"] == "length"
+
+
+def test_who_reads_slowly_holds_up_nobody_and_gets_everything(serving):
+    """Megabytes wait for a client that does not read; others are answered, and it gets all of it in fewer events."""
+    llm = make()
+    server = serving(llm)
+    body = {"prompt": PROMPT, "max_tokens": 100, "n": 8, "stream": True, "logprobs": 400, "temperature": 0,
+            "ignore_eos": True}
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(PATIENCE)
+        client.connect(("127.0.0.1", port_of(server)))
+        client.sendall(post(body))
+        until(lambda: llm.stats()["finished"] == 8)
+        text = complete(server, max_tokens=100, ignore_eos=True)["choices"][0]["text"]
+        writers = [connection.writer for connection in list(server.connections.values())]
+        buffered = max(writer.transport.get_write_buffer_size() for writer in writers)
+        received = b"".join(iter(lambda: client.recv(1 << 20), b""))
+    assert 0 < buffered < len(received) / 4  # it could not all be sent, nor was it all handed to the socket
+    body = re.sub(rb"(?:^|\r\n)[0-9a-f]+\r\n", b"", received.partition(b"\r\n\r\n")[2]).decode().removesuffix("\r\n")
+    events, texts = events_of(body), [""] * 8
+    for event in events:
+        texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
+    assert texts == [text] * 8 and len(events) < 8 * 100
+    assert sum(len(event["choices"][0]["logprobs"]["tokens"]) for event in events if event["choices"][0]["logprobs"]) == 800
+
+
+def test_who_reads_nothing_at_all_is_given_up(serving):
+    llm = make()
+    server = serving(llm, timeout=0.5)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", port_of(server)))
+        client.sendall(post({"prompt": PROMPT, "max_tokens": 100, "n": 16, "logprobs": 400, "temperature": 0}))
+        until(lambda: llm.stats()["finished"] == 16)
+        until(lambda: not server.connections)
+    assert server.num_samples == 0
+
+
+def test_a_long_text_being_tokenized_stalls_nobody(serving, monkeypatch):
+    llm = make()
+    server, encode, go = serving(llm), llm.tokenizer.encode, threading.Event()
+
+    def slow(text, **options):
+        assert text != "long" or go.wait(PATIENCE)
+        return encode(text, **options)
+
+    monkeypatch.setattr(llm.tokenizer, "encode", slow)
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(complete(server, "long", max_tokens=2)))
+    thread.start()
+    until(lambda: server.num_samples == 1)
+    assert complete(server, max_tokens=2) and not answers
+    go.set()
+    thread.join(PATIENCE)
+    assert answers
+
+
+# ---- what fails ----
+
+
+def test_a_failed_step_fails_its_own_requests_only(serving, monkeypatch, caplog):
+    """One waits while two run; the step of the two fails. They get 500, their blocks are free and forgotten."""
+    llm = make(max_batch_requests=2)
+    gate, server = Gate(llm), serving(llm)
+    results = {}
+
+    def ask(name, **fields):
+        results[name] = call(server, "/v1/completions", {"prompt": f"{name} {PROMPT}", "max_tokens": 4, "temperature": 0,
+                                                         **fields})
+
+    threads = [threading.Thread(target=ask, args=("plain",)), threading.Thread(target=ask, args=("streamed",),
+                                                                               kwargs={"stream": True})]
+    for thread in threads:
+        thread.start()
+    until(lambda: gate.entered == 1 and llm.stats()["waiting"] + server.engine.commands.qsize() == 2)
+    gate.open(2)
+    until(lambda: gate.entered == 3 and llm.stats()["running"] == 2)
+    threads.append(threading.Thread(target=ask, args=("waiting",)))
+    threads[-1].start()
+    until(lambda: server.num_samples == 3)
+    forward = llm.model.forward
+
+    def broken(*args):
+        monkeypatch.setattr(llm.model, "forward", forward)
+        raise RuntimeError("no such thing in /home/somebody/nanoserve.py")
+
+    monkeypatch.setattr(llm.model, "forward", broken)
+    gate.open(100)
+    for thread in threads:
+        thread.join(PATIENCE)
+    status, _, answer = results["plain"]
+    assert status == 500 and answer["error"]["type"] == "server_error" and "/home" not in answer["error"]["message"]
+    status, _, text = results["streamed"]
+    last = json.loads(text.split("\n\n")[-2].removeprefix("data: "))
+    assert status == 200 and "[DONE]" not in text and last["error"]["type"] == "server_error" and "/home" not in text
+    status, _, answer = results["waiting"]
+    assert status == 200 and answer["usage"]["completion_tokens"] == 4
+    assert "no such thing" in caplog.text  # for the operator
+    until(lambda: is_idle(llm))
+    llm.scheduler.check()
+    assert llm.pool.match(llm.tokenizer.encode(f"plain {PROMPT}")) == []
+    assert llm.pool.match(llm.tokenizer.encode(f"waiting {PROMPT}")) != []
+    assert call(server, "/health")[0] == 200 and call(server, "/stats")[2]["failed"] == 2
+
+
+def test_a_failure_in_one_requests_text_is_its_own(serving, monkeypatch):
+    llm = make()
+    server, real = serving(llm), llm.text
+
+    def text(request):
+        if request.num_prompt == 1:
+            raise ValueError("n: looks like a refusal, and is none")
+        return real(request)
+
+    monkeypatch.setattr(llm, "text", text)
+    status, _, answer = call(server, "/v1/completions", {"prompt": [7]})
+    assert status == 500 and "looks" not in answer["error"]["message"]
+    assert call(server, "/v1/completions", {"prompt": [7, 8]})[0] == 200
+    until(lambda: is_idle(llm))
+
+
+def test_logits_that_are_no_numbers_are_a_500(serving, monkeypatch):
+    llm = make()
+    server, forward = serving(llm), llm.model.forward
+
+    def once(*args):
+        monkeypatch.setattr(llm.model, "forward", forward)
+        return forward(*args) * float("nan")
+
+    monkeypatch.setattr(llm.model, "forward", once)
+    status, _, answer = call(server, "/v1/completions", {"prompt": "x"})
+    assert status == 500 and "not finite numbers" in answer["error"]["message"]
+    assert complete(server, max_tokens=2)["choices"][0]["finish_reason"] == "length"
+
+
+def test_who_finished_in_the_very_step_that_failed_gets_the_answer(serving, monkeypatch):
+    """The exception comes out of `commit`, when one of two requests has had its last token appended."""
+    llm = make()
+    gate, server, real, results = Gate(llm), serving(llm), llm._append, {}
+
+    def append(request, *more):
+        if request.params.max_tokens == 9 and request.num_output == 1:
+            raise RuntimeError("half-way through")
+        real(request, *more)
+
+    monkeypatch.setattr(llm, "_append", append)
+    threads = []
+    for tokens, n in ((3, 2), (9, 1)):
+        def ask(tokens=tokens, n=n):
+            results[tokens] = call(server, "/v1/completions", {"prompt": [5, 6], "max_tokens": tokens, "n": n})
+
+        threads.append(threading.Thread(target=ask))
+        threads[-1].start()
+        until(lambda: llm.stats()["waiting"] + server.engine.commands.qsize() == len(threads) and gate.entered == 1)
+    gate.open(100)
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert results[3][0] == 200 and [c["finish_reason"] for c in results[3][2]["choices"]] == ["length"] * 2
+    assert results[9][0] == 500
+    until(lambda: is_idle(llm))
+
+
+def test_a_sample_that_is_reported_twice_ends_once():
+    """A failed step reports all samples of its requests, those too that had come to their end before."""
+    class Loop:
+        call_soon_threadsafe = staticmethod(lambda deliver: deliver())
+
+    llm, posted = make(), []
+    engine = nanoserve.EngineThread(llm, Loop(), on_fatal=None)
+    job = Job({"prompt": [5, 6], "n": 2, "max_tokens": 4, "stream": True}, is_chat=False)
+    job.tokenize(llm)
+    job.put = posted.append
+    engine.add(job)
+    while llm.has_work():
+        changed = llm.step()
+        changed[0].samples[0].max_tokens = 2
+        engine._report(changed)
+        engine._report(job.requests[0].samples)
+    assert [update.index for update in posted if update and update.finish_reason] == [0, 1]
+    assert sum(engine.e2e.counts) == 2 and not engine.jobs
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal memory access was encountered"),
+                                   torch.AcceleratorError("device-side assert")], ids=str)
+def test_a_dead_device_is_told_and_ends_the_command(serving, monkeypatch, error):
+    llm = make()
+    server = serving(llm)
+
+    def forward(*args):
+        raise error
+
+    monkeypatch.setattr(llm.model, "forward", forward)
+    assert call(server, "/v1/completions", {"prompt": "x"})[0] == 503
+    assert server.wait() == "fatal"
+    assert call(server, "/health")[::2] == (503, {"status": "failed"})
+    assert call(server, "/v1/completions", {"prompt": "x"})[0] == 503
+    assert call(server, "/stats")[0] == 200
+    monkeypatch.setattr(nanoserve, "make_llm", lambda args, **more: llm)
+    monkeypatch.setattr(nanoserve.Server, "wait", lambda self: "fatal")
+    monkeypatch.setattr(nanoserve.signal, "signal", lambda *args: None)
+    assert main(["serve", "--port", "0"]) == 1
+
+
+def test_out_of_memory_is_not_a_dead_device(serving, monkeypatch):
+    llm = make()
+    server, forward = serving(llm), llm.model.forward
+
+    def once(*args):
+        monkeypatch.setattr(llm.model, "forward", forward)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(llm.model, "forward", once)
+    assert call(server, "/v1/completions", {"prompt": "x"})[0] == 500
+    assert call(server, "/v1/completions", {"prompt": "x"})[0] == 200
+
+
+# ---- stopping ----
+
+
+@pytest.mark.parametrize("drain, streamed", [(PATIENCE, True), (0.05, True), (0.05, False)])
+def test_stopping(serving, drain, streamed):
+    """What runs may finish; what does not in time gets an error, never a finish reason. New requests are refused."""
+    llm = make()
+    gate, server = Gate(llm), serving(llm)
+    result, body = [], {"prompt": "x", "max_tokens": 5, "temperature": 0, "stream": streamed}
+    client = threading.Thread(target=lambda: result.append(call(server, "/v1/completions", body)))
+    client.start()
+    gate.open(2)
+    until(lambda: gate.entered == 3)
+    closing = threading.Thread(target=server.close, args=(drain,))
+    closing.start()
+    until(lambda: server.is_stopping)
+    if drain == PATIENCE:
+        assert call(server, "/health")[::2] == (503, {"status": "stopping"})
+        assert call(server, "/v1/completions", body)[0] == 503
+    else:
+        until(lambda: not server.engine.commands.empty())  # the engine is told to stop
+    gate.open(100)
+    client.join(PATIENCE)
+    closing.join(PATIENCE)
+    status, headers, answer = result[0]
+    if drain == PATIENCE:
+        assert events_of(answer)[-1]["choices"][0]["finish_reason"] == "length"
+    elif streamed:
+        assert "[DONE]" not in answer and '"finish_reason":"' not in answer and "is stopping" in answer
+    else:
+        assert (status, headers["Connection"]) == (503, "close")
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", port_of(server)), 1)
+    assert is_idle(llm) and not server.engine.is_alive() and server.close() is None
+    assert llm.generate("x", SamplingParams(max_tokens=2))  # the LLM is free again
+
+
+def test_an_address_that_is_taken(server, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="serve: can not listen"):
+        serve(make(), port=port_of(server))
+    monkeypatch.setattr(nanoserve, "make_llm", lambda args, **more: make(**more))
+    assert main(["serve", "--port", str(port_of(server))]) == 2 and "can not listen" in capsys.readouterr().err
+
+
+# ---- what else is served ----
+
+
+def test_models_and_tokens(server, offline):
+    assert [model["id"] for model in call(server, "/v1/models")[2]["data"]] == ["nanoserve"]
+    ids = offline.tokenizer.encode(PROMPT)
+    assert call(server, "/tokenize", {"prompt": PROMPT})[2] == {"tokens": ids, "count": len(ids), "max_model_len": 128}
+    messages = [{"role": "user", "content": "Hi"}]
+    assert call(server, "/tokenize", {"messages": messages})[2]["tokens"] == offline.tokenizer.apply_chat_template(messages)
+    assert call(server, "/detokenize", {"tokens": ids})[2] == {"prompt": "<|begin_of_text|>" + PROMPT}
+    for path, body, param in (("/tokenize", {"prompt": 5}, "prompt"), ("/tokenize", {"text": "x"}, "text"),
+                              ("/detokenize", {"tokens": [400]}, "tokens"), ("/detokenize", {"tokens": [True]}, "tokens"),
+                              ("/detokenize", {"tokens": "x"}, "tokens"), ("/detokenize", {}, "tokens")):
+        status, _, answer = call(server, path, body)
+        assert (status, answer["error"]["param"]) == (400, param)
+
+
+def test_metrics_add_up(serving):
+    """Every family has its HELP and TYPE, every sample parses, buckets are cumulative, and counts are exact."""
+    server = serving()
+    complete(server, max_tokens=5, n=2)
+    call(server, "/v1/completions", {"prompt": "x", "n": 0})
+    status, headers, text = call(server, "/metrics")
+    assert status == 200 and headers["Content-Type"].startswith("text/plain; version=0.0.4") and text.endswith("\n")
+    kinds, samples = {}, {}
+    for line in text.splitlines():
+        if line.startswith("#"):
+            assert (match := re.fullmatch(r"# (HELP|TYPE) (nanoserve_\w+) (.+)", line)), line
+            kinds.setdefault(match[2], []).append(match[3] if match[1] == "TYPE" else "")
+        else:
+            match = re.fullmatch(r'(nanoserve_\w+)(?:\{(\w+)="([^"]+)"\})? (\d+(?:\.\d+)?)', line)
+            assert match and any(match[1].startswith(name) for name in kinds), line
+            samples[match[1], match[3]] = float(match[4])
+    assert {len(kind) for kind in kinds.values()} == {2}
+    for name in (name for name, (_, kind) in kinds.items() if kind == "histogram"):
+        buckets = [(bound, n) for (sample, bound), n in samples.items() if sample == name + "_bucket"]
+        assert [n for _, n in buckets] == sorted(n for _, n in buckets) and buckets[-1][0] == "+Inf"
+        assert [float(bound) for bound, _ in buckets] == sorted(float(bound) for bound, _ in buckets)
+        assert buckets[-1][1] == samples[name + "_count", None] and samples[name + "_sum", None] > 0
+    counts = {name: n for (name, label), n in samples.items() if label is None}
+    prompt = len(server.llm.tokenizer.encode(PROMPT))
+    assert counts["nanoserve_prompt_tokens_total"] == prompt and counts["nanoserve_output_tokens_total"] == 10
+    assert counts["nanoserve_requests_finished_total"] == counts["nanoserve_time_to_first_token_seconds_count"] == 2
+    assert counts["nanoserve_inter_token_latency_seconds_count"] == 8 and counts["nanoserve_request_seconds_count"] == 2
+    assert samples["nanoserve_http_responses_total", "400"] == samples["nanoserve_http_responses_total", "200"] == 1
+    assert samples["nanoserve_kv_blocks", "used"] == 0
+
+
+def test_salts_do_not_share_a_cache(serving):
+    """Neither hits nor the work that a hit saves, which is all that time could tell, show what another tenant asked."""
+    llm = make()
+    server, seen = serving(llm), []
+    for salt in ("a", "b", None, "a"):
+        before = llm.stats()
+        complete(server, cache_salt=salt, max_tokens=2)
+        until(lambda: is_idle(llm))
+        seen.append(tuple(llm.stats()[key] - before[key] for key in ("hit_tokens", "computed_tokens")))
+    n = len(llm.tokenizer.encode(PROMPT))
+    hit = (n - 1) // 4 * 4
+    assert seen == [(0, n + 1)] * 3 + [(hit, n - hit + 1)] and hit > 0
+
+
+def test_priority_goes_first_where_the_policy_looks_at_it(serving, monkeypatch):
+    llm = make(max_batch_requests=1)
+    gate, server, order, fork = Gate(llm), serving(llm), [], llm.scheduler.fork
+    def note(request):
+        order.append(request.priority)
+        return fork(request)
+
+    monkeypatch.setattr(llm.scheduler, "fork", note)  # called for each token
+    threads = []
+    for i, priority in enumerate((0, 5, -5)):
+        def ask(priority=priority):
+            complete(server, priority=priority, max_tokens=2)
+
+        threads.append(threading.Thread(target=ask))
+        threads[-1].start()
+        until(lambda i=i: server.num_samples == i + 1 and (i or llm.has_work()))
+    until(lambda: gate.entered == 1 and server.engine.commands.qsize() == 2)
+    gate.open(100)
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert order == [0, 0, -5, -5, 5, 5]
+    status, _, answer = call(serving(make(policy="fcfs")), "/v1/completions", {"prompt": "x", "priority": 1})
+    assert (status, answer["error"]["param"]) == (400, "priority")
+
+
+# ---- others' clients ----
+
+
+def test_openais_client(server, offline):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+    output = offline.generate(PROMPT, SamplingParams(temperature=0, max_tokens=8))[0]
+    asked = {"model": "nanoserve", "prompt": PROMPT, "temperature": 0, "max_tokens": 8}
+    answer = client.completions.create(**asked, extra_body={"top_k": 5, "cache_salt": "s"}, logprobs=1, user="me")
+    assert answer.choices[0].text == output.text and answer.usage.completion_tokens == 8
+    assert "".join(chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True)) == output.text
+    chat = {"model": "nanoserve", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
+    whole = client.chat.completions.create(**chat, max_completion_tokens=5, logprobs=True, top_logprobs=2)
+    chunks = list(client.chat.completions.create(**chat, max_tokens=5, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage and whole.choices[0].logprobs.content[0].top_logprobs
+    assert [model.id for model in client.models.list()] == ["nanoserve"]
+    for error, fields in ((openai.BadRequestError, {"temperature": -1}), (openai.NotFoundError, {"model": "x"}),
+                          (openai.BadRequestError, {"max_tokens": 10**6, "stream": True})):
+        with pytest.raises(error) as refused:
+            client.completions.create(**{**asked, **fields})
+        assert refused.value.param in ("temperature", "model", "prompt") and refused.value.body["message"]
+
+
+def test_openais_asynchronous_client(server, offline):
+    openai = pytest.importorskip("openai")
+
+    async def ask():
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+            async def one(prompt):
+                stream = await client.completions.create(model="nanoserve", prompt=prompt, temperature=0, max_tokens=6,
+                                                         stream=True)
+                return "".join([chunk.choices[0].text async for chunk in stream])
+
+            return await asyncio.gather(*map(one, prompts))
+
+    prompts = [f"{PROMPT} {i}" for i in range(12)]
+    assert asyncio.run(ask()) == [o.text for o in offline.generate(prompts, SamplingParams(temperature=0, max_tokens=6))]
+
+
+def test_openais_client_meets_errors(serving):
+    openai = pytest.importorskip("openai")
+    server = serving(api_key="k", max_queue=0, llm=make(max_batch_requests=1))
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=server.url + "/v1", api_key="wrong", max_retries=0).models.list()
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="k", max_retries=0)
+    with client.completions.create(model="nanoserve", prompt=PROMPT, max_tokens=100, stream=True):
+        server.num_samples += 1  # as if it were still running, however fast it is
+        with pytest.raises(openai.RateLimitError):
+            client.completions.create(model="nanoserve", prompt="x")
+        server.num_samples -= 1
+
+
+def test_httpx_and_keep_alive(server):
+    httpx = pytest.importorskip("httpx")
+    with httpx.Client(base_url=server.url) as client:
+        for _ in range(3):
+            answer = client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).json()
+            assert answer["usage"]["completion_tokens"] == 2
+        with client.stream("POST", "/v1/completions", json={"prompt": "x", "max_tokens": 90, "stream": True}) as response:
+            next(response.iter_lines())
+    until(lambda: server.num_samples == 0)
+
+
+# ---- all at once ----
+
+
+def test_load_and_faults(capsys):
+    """A short version of load.py, on the model that comes along, in a process of its own that is killed and stopped."""
+    code = load.main(["--requests", "120", "--clients", "24", "--fuzz", "150", "--no-measure"])
+    assert code == 0, capsys.readouterr().out
