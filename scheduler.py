@@ -60,8 +60,8 @@ class Request:
         self.block_table: list[int] = []
         self.status = WAITING
         self.finish_reason: str | None = None  # "stop" | "length" | "abort" once finished
-        self.arrival = -1  # the how-manieth request this was; set when added
-        self.urgency: tuple = ()  # (policy's key, arrival): smaller goes first; set when added
+        self.arrival = -1  # the how-manieth request this was, the same for all its samples; set when added
+        self.urgency: tuple = ()  # (policy's key, arrival, sample): smaller goes first; set when added
         self.num_preemptions = 0
         # The engine's:
         self.samples = [self]  # the requests this one was forked into, itself first
@@ -134,7 +134,7 @@ class Scheduler:
         if request.width > self.max_batch_requests:
             raise ValueError(f"n: {request.width} samples are more than max_batch_requests={self.max_batch_requests}")
         request.arrival = next(self._arrivals)
-        request.urgency = (self.policy(request), request.arrival)
+        request.urgency = (self.policy(request), request.arrival, 0)
         try:
             self._enqueue(request)
         except TypeError:  # raised half-way through: undo
@@ -218,8 +218,8 @@ class Scheduler:
             child = copy.copy(request)
             child.tokens, child.logprobs, child.num_preemptions, child.detokenizer = request.tokens.copy(), [], 0, None
             child.block_table = self.pool.fork(request.block_table)
-            child.arrival, child.sample_index = next(self._arrivals), i
-            child.urgency = (request.urgency[0], child.arrival)
+            child.sample_index = i
+            child.urgency = (*request.urgency[:2], i)  # right behind its siblings, before whoever came later
             self.running.append(child)
             request.samples.append(child)  # one list, shared by all of them
         return request.samples if width > 1 else [request]

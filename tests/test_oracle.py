@@ -402,8 +402,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("cache", 'blocks, parent = [], ("root", root)', 'blocks, parent = [], "root"'),
         ("cache", 'if i else ("root", root)', 'if i else "root"')],
     "a fork forgets its root": [
-        ("scheduler", "child.sample_index = next(self._arrivals), i",
-         "child.sample_index, child.root = next(self._arrivals), i, None")],
+        ("scheduler", "child.sample_index = i\n", "child.sample_index, child.root = i, None\n")],
     "blocks are published when planned, not when computed": [
         ("scheduler", "        plan[request] = n\n",
          "        plan[request] = n\n"
@@ -447,11 +446,10 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "the room for a copy is not asked for": [("cache", " + bool(shared)", "")],
     "a fork stays wide": [("scheduler", "width, request.width = request.width, 1", "width = request.width")],
     "a fork starts at zero": [
-        ("scheduler", "child.sample_index = next(self._arrivals), i",
-         "child.sample_index, child.num_computed = next(self._arrivals), i, 0")],
+        ("scheduler", "child.sample_index = i\n", "child.sample_index, child.num_computed = i, 0\n")],
     "forks share one list of tokens": [("scheduler", "request.tokens.copy(), []", "request.tokens, []")],
     "forks are equally urgent": [
-        ("scheduler", "child.urgency = (request.urgency[0], child.arrival)", "child.urgency = request.urgency")],
+        ("scheduler", "child.urgency = (*request.urgency[:2], i)", "child.urgency = request.urgency")],
     # preemption
     "preemption forgets to start over": [("scheduler", RESTART, "        request.num_preemptions")],
     "preemption drops generated tokens": [
@@ -463,7 +461,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
          "        request.block_table = []\n        request.num_computed = 0")],
     "preemption sends to the back of the queue": [
         ("scheduler", "        self.num_preemptions += 1\n",
-         "        self.num_preemptions += 1\n        request.urgency = (request.urgency[0], next(self._arrivals))\n")],
+         "        self.num_preemptions += 1\n        request.urgency = (request.urgency[0], next(self._arrivals), 0)\n")],
     "a victim stays in the plan": [("scheduler", "plan.pop(victim, 0)", "plan.get(victim, 0)")],
     "a victim's budget is lost": [("scheduler", "budget += plan.pop(victim, 0)", "plan.pop(victim, 0)")],
     "a victim's budget is refunded though it had none": [

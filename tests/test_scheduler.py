@@ -512,3 +512,18 @@ def test_a_key_is_taken_once():
     a, b, c = (s.add(Request(tokens(3, 10 * i), 2)) for i in range(3))
     assert s.waiting == [b, c, a]
     drain(s)
+
+
+def test_samples_are_as_urgent_as_the_request_they_come_from():
+    """All go before whoever came later, so under pressure the latecomer is preempted; among themselves the last sample."""
+    s = make(blocks=8, size=2)
+    first, late = s.add(Request([1, 2, 3], 9, width=3)), s.add(Request([5, 6, 7, 8], 6))
+    preempted = []
+    while s.has_work():
+        before = set(s.running)
+        step(s)
+        preempted += [request for request in before if request.status == "waiting"]
+    assert preempted and preempted[0] is late
+    assert [sample.arrival for sample in first.samples] == [first.arrival] * 3
+    assert [sample.urgency[2] for sample in first.samples] == [0, 1, 2]
+    assert first.samples[0] not in preempted
