@@ -2674,7 +2674,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     commands = {"chat": chat, "generate": generate_file, "serve": serve_until_signal, "bench": bench}
     name = argv[0] if argv[0] in commands else "complete"
-    args = parser_for(name).parse_args(argv[1:] if name in commands else argv)
+    parser = parser_for(name)
+    args = parser.parse_args(argv[1:] if name in commands else argv)
+    if name == "complete" and args.prompt in commands:
+        parser.error(f"a command comes first: nanoserve {args.prompt} ...")
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     log.disabled = name == "bench"  # it prints the same line itself
     try:

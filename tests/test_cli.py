@@ -123,6 +123,12 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(options, argv, messa
     assert last.startswith("nanoserve: ") and re.search(message, last)
 
 
+def test_a_command_that_does_not_come_first_is_no_prompt(capsys):
+    with pytest.raises(SystemExit) as exit:
+        nanoserve.main(["--temperature", "0", "chat"])
+    assert exit.value.code == 2 and "a command comes first: nanoserve chat" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv", [["hi", "--tempurature", "1"], ["hi", "--top-k", "many"], ["generate"],
                                   ["bench", "--shape", "cube"], ["bench", "--input-len", "9..3"],
                                   ["hi", "--kv-memory", "lots"]], ids=str)
