@@ -31,7 +31,7 @@ CLAIMS = [
     (rf"[Tt]he (\w+) was ({COLOURS})\.", "colour"),
     (rf"(\w+'s \w+) was ({COLOURS})\.", "colour"),
     (rf"(\w+) lived {PLACE}", "home"),
-    (r"The number (o[nf] the [a-z ]+) was (\d\d\d)\.", "number"),
+    (r"The number (o[nf] the [a-z ]+) was (\d\d)\.", "number"),
     (r"(\w+)'s secret word was (\w+)", "secret word"),
     (r"(\w+)'s favourite food was (\w+)", "favourite food"),
     (r"(\w+)'s dearest wish was (to [a-z ]+)\.", "dearest wish"),
@@ -40,7 +40,9 @@ CLAIMS = [
     (r"moved the (\w+) (to the \w+)\.", "moved to"),
     (r"winner of (the race to the \w+) was (\w+)", "winner"),
     (rf"(\w+ (?:{GETTING})) a \w+ {PLACE}", "got"),
-    (rf"(\w+ (?:picked|pulled|collected|gathered|found|won) (?:{COUNTS}) \w+) {PLACE}", "counted"),
+    (rf"(\w+ (?:picked|pulled|collected|gathered|found|won) \w+) {PLACE}", "picked"),
+    (rf"The number of (\w+) was ({COUNTS})\.", "counted"),
+    (rf"(\w+ had \w+), ({COUNTS}) of them", "had"),
 ]
 
 
@@ -80,9 +82,9 @@ def test_stories_never_contradict_themselves():
 def test_sums_are_right():
     checked = 0
     for seed, tale in stories():
-        for n, m, noun in re.findall(r"(\w+) \w+\. \w+ gave \w+ (\w+) more (\w+)\.", tale.text):
+        for n, noun, m in re.findall(r", (\w+) of them\. More (\w+) came from \w+, (\w+) of them", tale.text):
             total = world.NUMBERS[world.NUMBERS.index(n) + world.NUMBERS.index(m)]
-            sums = [f.value for f in tale.facts if f.kind == "sum" and f.subject.split()[-1][:3] == noun[:3]]
+            sums = [f.value for f in tale.facts if f.kind == "sum" and f.subject.split()[-1] == noun]
             assert sums == [total], seed
             checked += 1
     assert checked > 100
@@ -157,7 +159,7 @@ def test_exam_is_held_out_and_within_distance():
         assert len(items) >= 40
         for messages, answer, _ in items:
             tale = messages[1]["content"]
-            assert messages[-1]["role"] == "user" and len(answer.split()) <= 16
+            assert messages[-1]["role"] == "user" and len(answer.split()) <= 17
             assert world.size(tale) <= high
 
 

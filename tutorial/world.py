@@ -152,7 +152,7 @@ class Teller:
         self.rng = rng
         pools = dict(girl=GIRLS, boy=BOYS, pet=PETS, animal=ANIMALS, thing=THINGS, heavy=HEAVY, clothes=CLOTHES,
                      food=FOODS, secret=SECRETS, wish=WISHES, numbered=NUMBERED, countable=COUNTABLES, spot=SPOTS,
-                     nature=NATURE)  # fmt: skip
+                     nature=NATURE, digits=[f"{tens}{rng.randrange(10)}" for tens in range(1, 10)])  # fmt: skip
         self.pools = {name: [item for item in pool if item not in avoid] for name, pool in pools.items()}
         for pool in self.pools.values():
             rng.shuffle(pool)
@@ -253,23 +253,22 @@ def moving(t):
 def counting(t):
     (a, b), noun, n, place = t.two(), t.draw("countable"), t.number(), t.place(OUTDOORS)
     past, verb = COUNTABLES[noun]
-    tail = t.rng.choice((f"{b} counted the {noun} twice.", f'"So many {noun}!" said {b}.',
-                         f"{a} was very proud of the {noun}."))  # fmt: skip
     return [
-        Line(f"{t.then()} {a} {past} {NUMBERS[n]} {noun} {place}.", [
-            Fact("count", f"{a}'s {noun}", past, NUMBERS[n], f"How many {noun} did {a} {verb}?"),
+        Line(f"{t.then()} {a} {past} {noun} {place}.", [
             Fact("who", f"the {noun}", f"{past} by", a.name, f"Who {past} the {noun}?"),
             Fact("where", f"the {noun}", f"{past} where", place, f"Where did {a} {verb} the {noun}?"),
         ]),
-        Line(tail),
+        Line(f"The number of {noun} was {NUMBERS[n]}.",
+             [Fact("count", f"{a}'s {noun}", past, NUMBERS[n], f"How many {noun} did {a} {verb}?")]),
+        Line(t.rng.choice((f"{b} counted the {noun} twice.", f'"So many {noun}!" said {b}.',
+                           f"{a} was very proud of the {noun}."))),
     ]  # fmt: skip
 
 
 def adding(t):
-    (a, b), noun, n, m = t.two(), t.draw("countable"), t.number(1, 5), t.number(1, 4)
-    one = noun[:-3] + "y" if noun.endswith("ies") else "leaf" if noun == "leaves" else noun[:-1]
-    first = f"{a} had {NUMBERS[n]} {one if n == 1 else noun}."
-    second = f"{b} gave {a} {NUMBERS[m]} more {one if m == 1 else noun}."
+    (a, b), noun, n, m = t.two(), t.draw("countable"), t.number(2, 5), t.number(2, 4)
+    first = f"{a} had {noun}, {NUMBERS[n]} of them."
+    second = f"More {noun} came from {b}, {NUMBERS[m]} of them."
     total = f"{first} {second} That makes {NUMBERS[n + m]}."  # shows the working: look up, look up, add
     return [
         Line(f"{t.then()} {first}",
@@ -277,7 +276,7 @@ def adding(t):
         Line(second, [
             Fact("sum", f"{a}'s {noun}", "in the end", NUMBERS[n + m], f"How many {noun} did {a} have in the end?",
                  total),
-            Fact("who", f"{a}'s {noun}", "given by", b.name, f"Who gave {a} more {noun}?"),
+            Fact("who", f"{a}'s {noun}", "given by", b.name, f"Who did more {noun} come from?"),
         ]),
         Line(t.rng.choice((f'"Thank you, {b}!" said {a}.', f'"Friends share," said {b}.',
                            f"{a} gave {b} a big hug."))),
@@ -296,7 +295,7 @@ def whispering(t):
 
 
 def reading_number(t):
-    (a, b), thing, digits = t.two(), t.draw("numbered"), str(t.number(100, 999))
+    (a, b), thing, digits = t.two(), t.draw("numbered"), t.draw("digits")
     return [
         Line(f"{t.then()} {a} and {b} saw a strange old {thing}. The number on the {thing} was {digits}.",
              [Fact("key", f"the {thing}", "number", digits, f"What was the number on the {thing}?")]),
@@ -393,8 +392,8 @@ def remembering(t):
                                f'"I still like the {colour} {thing} best," said {a}.')), [fact])]  # fmt: skip
 
 
-EPISODES = [getting, getting, hiding, moving, counting, counting, adding, adding, whispering, reading_number, giving,
-            eating, meeting, racing, wishing, dressing, resting, remembering]  # fmt: skip
+EPISODES = [getting, getting, hiding, moving, counting, counting, adding, adding, whispering, reading_number,
+            reading_number, giving, eating, meeting, racing, wishing, dressing, resting, remembering]  # fmt: skip
 
 
 # Plots. Each returns the lines that open and the lines that close a story.
@@ -429,7 +428,7 @@ def plot_birthday(t):
 
 
 def plot_door(t):
-    (a, b), thing, place, digits = t.two(), t.draw("thing"), t.place(), str(t.number(100, 999))
+    (a, b), thing, place, digits = t.two(), t.draw("thing"), t.place(), t.draw("digits")
     number = Fact("key", "the little door", "number", digits, "What was the number of the little door?")
     return [
         Line(f"{a} and {b} knew a little door {place}. It was always locked.",
@@ -670,7 +669,7 @@ def dialogue(seed, length=200, questions=4, near=0, far=math.inf, budget=math.in
             mark = used
             say("assistant", rng.choice(HEARD))
         else:  # the story and the first question are one message, as in retrieval
-            pending = tale.text + "\n"
+            pending = f"Listen to this story.\n{tale.text}\n"
         facts = rng.sample(tale.facts, len(tale.facts))
         missing = list(tale.missing) if extras else []
         asked = 0
