@@ -591,11 +591,12 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with whatever the tokenizer puts around one (often a BOS)."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # A batch of one, because only for batches does the library let other threads run meanwhile.
+        return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of some token ids."""
-        return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return self.backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
 
     def token_bytes(self, token: int) -> bytes:
         """What one token stands for, which may be less than a character; empty if the tokenizer does not know it."""
@@ -1298,20 +1299,15 @@ def free_memory() -> int:
 
 MAX_HEAD = 32 << 10  # bytes of request line and headers
 MAX_ENTRIES = {"stop": 16, "stop_token_ids": 1024, "logit_bias": 1024}  # looked through in every step, for every token
+MAX_LOGPROBS = 20  # of a token; hundreds for each fill the memory, and writing them keeps the loop from all others
 STEP_FAILED = "the step that computed this request failed; the server's log says why"
 
-SAMPLING_FIELDS = {"temperature", "top_p", "top_k", "min_p", "n", "stop", "seed", "max_tokens", "presence_penalty",
-                   "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "ignore_eos", "min_tokens",
-                   "stop_token_ids"}
+SAMPLING_FIELDS = {f.name for f in fields(SamplingParams)} - {"prompt_logprobs"}
 COMMON_FIELDS = SAMPLING_FIELDS | {"model", "stream", "stream_options", "priority", "cache_salt"}
 COMPLETION_FIELDS = COMMON_FIELDS | {"prompt", "echo"}
 CHAT_FIELDS = COMMON_FIELDS | {"messages", "top_logprobs", "max_completion_tokens"}
-# Fields of OpenAI's that do not change the answer, and fields that would: those are refused.
 HARMLESS_FIELDS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-                   "prompt_cache_retention"}
-UNSUPPORTED_FIELDS = {"best_of", "suffix", "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call",
-                      "response_format", "modalities", "audio", "prediction", "reasoning_effort", "verbosity",
-                      "web_search_options", "moderation"}
+                   "prompt_cache_retention"}  # of OpenAI's, without a say in the answer
 
 
 class HTTPError(Exception):
@@ -1348,8 +1344,6 @@ def parse_json(body: bytes) -> dict:
         value = json.loads(body.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant)
         if re.search(rb"\\u[dD]", body):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        raise ValueError("body: is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"body: is not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -1358,14 +1352,11 @@ def parse_json(body: bytes) -> dict:
 
 
 def check_fields(body: dict, known: set[str]) -> None:
-    """ValueError that names the first field which is unknown, or would change the answer and is not built."""
+    """ValueError that names the first field which is unknown. One that is null is as good as absent."""
     for name, value in body.items():
-        if name in UNSUPPORTED_FIELDS:
-            if value not in (None, "", []):
-                raise ValueError(f"{name}: is not supported")
-        elif name not in known and name not in HARMLESS_FIELDS:
+        if value is not None and name not in known and name not in HARMLESS_FIELDS:
             close = difflib.get_close_matches(name[:100], known, 1)
-            raise ValueError(f"{name[:100]}: there is no such field" + (f"; {close[0]} is one" if close else ""))
+            raise ValueError(f"{name[:100]}: this server has no such field" + (f"; {close[0]} is one" if close else ""))
 
 
 def flag(body: dict, name: str) -> bool:
@@ -1401,6 +1392,8 @@ def parse_sampling(body: dict, is_chat: bool) -> SamplingParams:
         if flag(body, "echo"):
             options["prompt_logprobs"] = options.get("logprobs")
     try:
+        if isinstance(options.get("logprobs"), int) and options["logprobs"] > MAX_LOGPROBS:
+            raise ValueError(f"logprobs: must be at most {MAX_LOGPROBS}, got {options['logprobs']}")
         return SamplingParams(**options)
     except ValueError as error:
         name, _, rest = str(error).partition(":")
@@ -1440,11 +1433,15 @@ def parse_messages(messages) -> list[dict]:
     return plain
 
 
-def encode_chat(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
-    """Token ids of a conversation; what the template refuses is the fault of the field `messages`."""
+def encode(tokenizer: Tokenizer, source: str | list) -> list[int]:
+    """Token ids of a text or of a chat's messages; token ids as they are."""
+    if isinstance(source, str):
+        return tokenizer.encode(source)
+    if isinstance(source[0], int):
+        return source
     try:
-        return tokenizer.apply_chat_template(messages)
-    except ValueError as error:
+        return tokenizer.apply_chat_template(source)
+    except ValueError as error:  # what the template refuses is the fault of the field `messages`
         raise ValueError(str(error).replace("chat: ", "messages: ", 1)) from None
 
 
@@ -1466,7 +1463,6 @@ class Progress:
     last_token: float
     num_output: int = 0
     num_chars: int = 0
-    num_sent: int = 0  # tokens
 
 
 class Job:
@@ -1490,34 +1486,23 @@ class Job:
         self.requests: list[Request] = []
         self.progress: dict[Request, Progress] = {}
         self.finished: set[Request] = set()
-        # The loop's:
-        self._updates: list[Update] = []
-        self._error: HTTPError | None = None
-        self._news = asyncio.Event()
+        self.mailbox: asyncio.Queue[Update | HTTPError | None] = asyncio.Queue()  # the loop's; None: the job is accepted
 
     def tokenize(self, llm: LLM) -> None:
         """Turn texts into token ids. It takes long for long ones, so neither of the two threads does it."""
-        encode = functools.partial(encode_chat, llm.tokenizer) if self.is_chat else llm.tokenizer.encode
-        self.prompts = [source if source and type(source[0]) is int else encode(source) for source in self.source]
+        self.prompts = [encode(llm.tokenizer, source) for source in self.source]
         if self.is_chat and self.params.max_tokens is None:
             self.params.max_tokens = max(1, self.params.min_tokens, llm.longest_request - len(self.prompts[0]))
 
-    def put(self, news: Update | HTTPError | None) -> None:
-        """What the engine has to say; None says that the job was accepted."""
-        if isinstance(news, HTTPError):
-            self._error = news
-        elif news:
-            self._updates.append(news)
-        self._news.set()
-
     async def take(self) -> list[Update]:
-        """Everything that came since the last call, as soon as there is something. Raises the error if it is one."""
-        await self._news.wait()
-        self._news.clear()
-        if self._error:
-            raise self._error
-        updates, self._updates = self._updates, []
-        return updates
+        """Everything that came since the last call, as soon as there is something. Raises the error if there is one."""
+        news = [await self.mailbox.get()]
+        while not self.mailbox.empty():
+            news.append(self.mailbox.get_nowait())
+        for item in news:
+            if isinstance(item, HTTPError):
+                raise item
+        return [update for update in news if update]
 
 
 class Histogram:
@@ -1545,34 +1530,34 @@ class EngineThread(threading.Thread):
     def __init__(self, llm: LLM, loop: asyncio.AbstractEventLoop, on_fatal: Callable[[], None]):
         super().__init__(name="nanoserve engine", daemon=True)
         self.llm, self.loop, self.on_fatal = llm, loop, on_fatal
-        self.commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[Callable | None] = queue.SimpleQueue()  # None ends the thread
         self.jobs: dict[Request, tuple[Job, int]] = {}  # first sample -> its job, and the index of its first choice
-        self.fatal: str | None = None  # why nothing can be computed any more
+        self.over: str | None = None  # why nothing is computed any more
         self.ttft, self.itl, self.e2e = Histogram(), Histogram(), Histogram()
         self.num_prompt_tokens = self.num_failed = 0
-        self._stopped = False
 
     def run(self) -> None:
-        while not self._stopped:
+        while True:
             try:
-                # An idle engine sleeps in get(). A failed one obeys on: whoever asks is told.
-                if self.fatal or not self.llm.has_work() or not self.commands.empty():
-                    self.commands.get()()
+                # An idle engine sleeps in get(). One that is over obeys on: whoever asks is told.
+                if self.over or not self.llm.has_work() or not self.commands.empty():
+                    if not (command := self.commands.get()):
+                        return
+                    command()
                 else:
                     self._report(self._step())
             except Exception as error:
                 log.error("the engine failed", exc_info=error)
-                self.fatal = "the engine failed; the server's log says how"
-                self._end_all(HTTPError(503, self.fatal))
                 self.on_fatal()
+                self.end("the engine failed; the server's log says how")
 
     # ---- commands: the loop thread puts them ----
 
     def add(self, job: Job) -> None:
         """Queue a job's prompts, all or none."""
         try:
-            if self.fatal:
-                raise HTTPError(503, self.fatal)
+            if self.over:
+                raise HTTPError(503, self.over)
             for i, prompt in enumerate(job.prompts):
                 request = self.llm.add_request(prompt, job.params, job.priority, job.cache_salt)
                 job.requests.append(request)
@@ -1589,14 +1574,15 @@ class EngineThread(threading.Thread):
             self.llm.abort(request)
             self.jobs.pop(request, None)
 
-    def snapshot(self, future: concurrent.futures.Future) -> None:
+    def snapshot(self) -> dict[str, int]:
         """Counters and state, taken between two steps."""
-        future.set_result({**self.llm.stats(), "failed": self.num_failed, "admitted_prompt_tokens": self.num_prompt_tokens})
+        return {**self.llm.stats(), "failed": self.num_failed, "admitted_prompt_tokens": self.num_prompt_tokens}
 
-    def stop(self, error: HTTPError) -> None:
-        """End the thread; whatever is not finished gets this error."""
-        self._stopped = True
-        self._end_all(error)
+    def end(self, reason: str) -> None:
+        """Compute nothing any more. Those that wait are told, and have their jobs forgotten; those that come are refused."""
+        self.over = reason
+        self._post([(job, HTTPError(503, reason)) for job in {job for job, _ in self.jobs.values()}])
+        self.jobs.clear()
 
     # ---- what a step came to ----
 
@@ -1620,9 +1606,8 @@ class EngineThread(threading.Thread):
         self._post(news)
 
     def _update(self, job, index, request, now) -> Update | None:
-        progress, is_finished = job.progress.get(request), request.status == FINISHED
-        if progress is None:
-            progress = job.progress[request] = Progress(job.arrived)
+        progress, is_finished = job.progress.setdefault(request, Progress(job.arrived)), request.status == FINISHED
+        sent = progress.num_output if job.stream else 0
         if request.num_output > progress.num_output:
             (self.itl if progress.num_output else self.ttft).observe(now - progress.last_token)
             progress.last_token, progress.num_output = now, request.num_output
@@ -1631,7 +1616,7 @@ class EngineThread(threading.Thread):
             self.e2e.observe(now - job.arrived)
         elif not job.stream:
             return None
-        text, sent, logprobs = self.llm.text(request), progress.num_sent, []
+        text, logprobs = self.llm.text(request), []
         if request.params.logprobs is not None:
             if sent == 0 and request.params.prompt_logprobs is not None:
                 logprobs += zip(request.tokens, request.prompt_logprobs or [None])
@@ -1639,7 +1624,7 @@ class EngineThread(threading.Thread):
             logprobs += zip(request.tokens[request.num_prompt + sent : end], request.logprobs[sent:])
         update = Update(index, text[progress.num_chars:], request.num_output - sent, logprobs, request.finish_reason,
                         is_finished and request.detokenizer.stopped)
-        progress.num_chars, progress.num_sent = len(text), request.num_output
+        progress.num_chars = len(text)
         return update
 
     def _step(self) -> list[Request]:
@@ -1653,12 +1638,6 @@ class EngineThread(threading.Thread):
             log.error("a step failed", exc_info=error)
             return self.llm.drop_step(STEP_FAILED)
 
-    def _end_all(self, error):
-        jobs = {job for job, _ in self.jobs.values()}
-        self._post([(job, error) for job in jobs])
-        for job in jobs:
-            self.forget(job)
-
     def _failure(self, error) -> HTTPError:
         """What a client is told of an exception: not its text, which may hold what is nobody's business."""
         if isinstance(error, HTTPError):
@@ -1669,7 +1648,7 @@ class EngineThread(threading.Thread):
     def _post(self, news):
         def deliver():
             for job, item in news:
-                job.put(item)
+                job.mailbox.put_nowait(item)
 
         if news:
             self.loop.call_soon_threadsafe(deliver)
@@ -1678,11 +1657,10 @@ class EngineThread(threading.Thread):
 class Choice:
     """One sample as its client sees it: the text so far, and the log-probabilities of the tokens that it shows."""
 
-    def __init__(self, tokenizer: Tokenizer, echo: str, prompt: list[int]):
-        self.tokenizer, self.num_tokens, self.finish_reason = tokenizer, 0, None
-        self.num_chars, self._decoder = len(echo), codecs.getincrementaldecoder("utf-8")("replace")
-        # An echoed prompt may lack the space that its tokens begin with. Where it ends is where the output starts.
-        self._start = len(echo) - (sum(self._length(token) for token in prompt) if echo else 0)
+    def __init__(self, tokenizer: Tokenizer, echo: str, start: int):
+        self.tokenizer, self.echo, self.num_chars = tokenizer, echo, len(echo)
+        self.num_tokens, self.finish_reason = 0, None
+        self._start, self._decoder = start, codecs.getincrementaldecoder("utf-8")("replace")
         self._held: list[tuple[int, dict | None, int]] = []  # (token, log-probabilities, where in the text it starts)
 
     def take(self, updates: list[Update]) -> tuple[str, list[tuple]]:
@@ -1693,17 +1671,14 @@ class Choice:
         self.num_chars += len(text)
         for token, logprobs in chain(*(update.logprobs for update in updates)):
             self._held.append((token, logprobs, max(0, self._start)))
-            self._start += self._length(token)
+            if token not in self.tokenizer.special_ids:  # a character in several tokens is the last one's
+                self._start += len(self._decoder.decode(self.tokenizer.token_bytes(token)))
         self.num_tokens += sum(update.num_tokens for update in updates)
         self.finish_reason = updates[-1].finish_reason
         end = self.num_chars if self.finish_reason is None or updates[-1].is_cut else math.inf
         n = bisect.bisect_left(self._held, end, key=lambda entry: entry[2])
         entries, self._held = self._held[:n], self._held[n:]
         return text, entries
-
-    def _length(self, token) -> int:
-        """The characters that a token adds; of one in several tokens, the last of them has it."""
-        return 0 if token in self.tokenizer.special_ids else len(self._decoder.decode(self.tokenizer.token_bytes(token)))
 
 
 class Answer:
@@ -1714,9 +1689,15 @@ class Answer:
         kind = ("chat.completion" + ".chunk" * job.stream) if job.is_chat else "text_completion"
         self.frame = {"id": ("chatcmpl-" if job.is_chat else "cmpl-") + secrets.token_hex(12), "object": kind,
                       "created": int(time.time()), "model": model}
-        self.echoes = [(source if isinstance(source, str) else tokenizer.decode(source)) if job.echo else ""
-                       for source in job.source for _ in range(job.params.n)]
-        self.choices = [Choice(tokenizer, echo, job.prompts[i // job.params.n]) for i, echo in enumerate(self.echoes)]
+        self.choices: list[Choice] = []
+        for source, prompt in zip(job.source, job.prompts):
+            echo, start = "", 0
+            if job.echo:
+                echo = source if isinstance(source, str) else tokenizer.decode(source)
+                shown = b"".join(tokenizer.token_bytes(token) for token in prompt if token not in tokenizer.special_ids)
+                # It may lack the space that its tokens begin with. Where it ends is where the output starts.
+                start = len(echo) - len(shown.decode("utf-8", "replace"))
+            self.choices += [Choice(tokenizer, echo, start) for _ in range(job.params.n)]
 
     @property
     def is_finished(self) -> bool:
@@ -1724,11 +1705,10 @@ class Answer:
 
     def opening(self) -> Iterator[dict]:
         """What a stream begins with: the role in a chat, the prompts that are to be echoed."""
-        for i, echo in enumerate(self.echoes):
-            if self.job.is_chat:
-                yield self._chunk(i, {"delta": {"role": "assistant", "content": ""}})
-            elif echo:
-                yield self._chunk(i, {"text": echo})
+        for i, choice in enumerate(self.choices):
+            if self.job.is_chat or choice.echo:
+                yield self._chunk(i, {"delta": {"role": "assistant", "content": ""}} if self.job.is_chat else
+                                  {"text": choice.echo})
 
     def chunks(self, updates: list[Update]) -> Iterator[dict]:
         """A chunk for each choice that has something new. Whatever a slow reader has not taken comes in one."""
@@ -1746,11 +1726,11 @@ class Answer:
         """The answer that is not streamed, from one update for each choice."""
         choices = []
         for update in sorted(updates):
-            text, entries = self.choices[update.index].take([update])
+            choice = self.choices[update.index]
+            text, entries = choice.take([update])
             shown = ({"message": {"role": "assistant", "content": text, "refusal": None}} if self.job.is_chat else
-                     {"text": self.echoes[update.index] + text})
-            choices.append({"index": update.index, **shown, "logprobs": self._logprobs(entries),
-                            "finish_reason": update.finish_reason})
+                     {"text": choice.echo + text})
+            choices.append(self._choice(update.index, shown, entries, update.finish_reason))
         return {**self.frame, "choices": choices, "usage": self.usage()}
 
     def usage(self) -> dict[str, int]:
@@ -1758,14 +1738,12 @@ class Answer:
         prompt, output = sum(map(len, self.job.prompts)), sum(choice.num_tokens for choice in self.choices)
         return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
 
-    def closing(self) -> Iterator[dict]:
-        """What a stream ends with, if it was asked for."""
-        if self.job.include_usage:
-            yield {**self.frame, "choices": [], "usage": self.usage()}
-
     def _chunk(self, index, shown, entries=(), finish_reason=None):
-        choice = {"index": index, **shown, "logprobs": self._logprobs(entries), "finish_reason": finish_reason}
-        return {**self.frame, "choices": [choice], **({"usage": None} if self.job.include_usage else {})}
+        return {**self.frame, "choices": [self._choice(index, shown, entries, finish_reason)],
+                **({"usage": None} if self.job.include_usage else {})}
+
+    def _choice(self, index, shown, entries, finish_reason):
+        return {"index": index, **shown, "logprobs": self._logprobs(entries), "finish_reason": finish_reason}
 
     def _logprobs(self, entries):
         k = self.job.params.logprobs
@@ -1795,14 +1773,15 @@ class Answer:
 class Connection:
     """One client's connection: HTTP/1.1, strictly, one request after the other."""
 
-    TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-    VALUE = re.compile(r"[\t -~\x80-\xff]*")
+    REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/1\.([01])")
+    HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
+    ONCE = ("content-length", "transfer-encoding", "host", "authorization", "content-type")
     GONE = (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError)
 
     def __init__(self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self.server, self.reader, self.writer = server, reader, writer
         self.keep_alive = self.is_idle = True
-        self.is_http10 = self.is_streaming = self.is_unread = False
+        self.is_head = self.is_http10 = self.is_streaming = self.is_unread = False
 
     async def run(self, is_surplus: bool = False) -> None:
         """Answer requests until either side has had enough."""
@@ -1835,13 +1814,18 @@ class Connection:
     async def send(self, data: bytes) -> None:
         """Write, and wait as long as the client has much to read. One that reads nothing at all is given up."""
         self.writer.write(data)
-        if self.writer.transport.get_write_buffer_size():
-            await self._within(self.writer.drain())
+        timer = asyncio.get_running_loop().call_later(self.server.timeout, self.writer.transport.abort)
+        try:
+            await self.writer.drain()  # not in a wait_for: before Python 3.12 that can lose a cancellation
+        finally:
+            timer.cancel()
 
-    async def respond(self, status: int, body: bytes, content_type: str = "application/json", **headers: str) -> None:
-        """A whole answer."""
-        headers = {"Content-Type": content_type, "Content-Length": str(len(body)), **headers}
-        await self.send(self._head(status, headers) + body)
+    async def respond(self, status: int, content: dict | str, **headers: str) -> None:
+        """A whole answer: an object as JSON, a text as it is."""
+        kind = "text/plain; version=0.0.4; charset=utf-8" if isinstance(content, str) else "application/json"
+        body = content.encode() if isinstance(content, str) else to_json(content)
+        head = self._head(status, {"Content-Type": kind, "Content-Length": str(len(body)), **headers})
+        await self.send(head + (b"" if self.is_head else body))
 
     async def send_events(self, events: Iterable[dict]) -> None:
         """Server-sent events; the first call begins the stream."""
@@ -1867,7 +1851,7 @@ class Connection:
         async def watch():
             with contextlib.suppress(OSError):
                 while await self.reader.read(MAX_HEAD):
-                    self.keep_alive = False
+                    self.keep_alive, self.is_unread = False, True
             task.cancel()
 
         watcher = asyncio.create_task(watch())
@@ -1879,9 +1863,9 @@ class Connection:
 
     async def _answer(self, first):
         """Read one request and have it answered. What is wrong with its head is said before its body is read."""
-        self.is_unread = True
+        self.is_unread, self.is_head = True, False
         method, path, headers = self._parse_head(await self._read_head(first))
-        length = headers.get("content-length", "0" if method == "GET" else "")
+        length = headers.get("content-length", "" if method == "POST" else "0")
         self.is_unread = length != "0" or "transfer-encoding" in headers
         handler = self.server.route(method, path, headers)
         if "transfer-encoding" in headers or not length:
@@ -1892,9 +1876,7 @@ class Connection:
             raise HTTPError(413, f"body: {length} bytes are more than max_body={self.server.max_body}")
         if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise HTTPError(415, "Content-Type: must be application/json")
-        if expected := headers.get("expect"):
-            if expected.lower() != "100-continue":
-                raise HTTPError(417, "Expect: only 100-continue is known")
+        if headers.get("expect", "").lower() == "100-continue":
             await self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
             body = await self._within(self.reader.readexactly(int(length)))
@@ -1905,6 +1887,8 @@ class Connection:
             await handler(self, parse_json(body) if method == "POST" else {})
         except ValueError as error:
             raise HTTPError.refusal(error) from None
+        except RecursionError:  # in reading or in quoting it
+            raise HTTPError(400, "body: is nested too deeply") from None
 
     async def _read_head(self, first) -> str:
         try:
@@ -1917,25 +1901,20 @@ class Connection:
 
     def _parse_head(self, head) -> tuple[str, str, dict[str, str]]:
         """Method, path and headers, with names in lower case. What two parsers might read differently is refused."""
-        self.keep_alive = False  # until the head is known to be sound
+        self.keep_alive, self.is_head = False, head.startswith("HEAD ")  # until the head is known to be sound
         request_line, *lines = head.split("\r\n")
-        method, path, version = (request_line.split(" ") + ["", ""])[:3]
-        if request_line.count(" ") != 2 or not self.TOKEN.fullmatch(method) or not re.fullmatch("[!-~]+", path):
-            raise HTTPError(400, "the request line is not one")
-        if version not in ("HTTP/1.0", "HTTP/1.1"):
-            raise HTTPError(400, "the request line must end with HTTP/1.0 or HTTP/1.1")
+        if not (match := self.REQUEST_LINE.fullmatch(request_line)):
+            raise HTTPError(400, "the request line must be a method, a path and HTTP/1.0 or HTTP/1.1")
+        method, path, minor = match.groups()
         headers: dict[str, str] = {}
         for line in lines:
-            name, colon, value = line.partition(":")
-            key, value = name.lower(), value.strip(" \t")
-            if not colon or not self.TOKEN.fullmatch(name) or not self.VALUE.fullmatch(value):
+            if not (match := self.HEADER.fullmatch(line)):
                 raise HTTPError(400, "headers: one is malformed")
-            if key in headers and key in ("content-length", "transfer-encoding", "host", "authorization", "content-type"):
-                raise HTTPError(400, f"{name}: occurs twice")
-            headers[key] = f"{headers[key]}, {value}" if key in headers else value
-        if "content-length" in headers and "transfer-encoding" in headers:
-            raise HTTPError(400, "Content-Length: contradicts Transfer-Encoding")
-        self.is_http10 = version == "HTTP/1.0"
+            name, value = match[1].lower(), match[2].strip(" \t")
+            if name in headers and name in self.ONCE:
+                raise HTTPError(400, f"{match[1]}: occurs twice")
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        self.is_http10 = minor == "0"
         if not self.is_http10 and "host" not in headers:
             raise HTTPError(400, "Host: is missing")
         self.keep_alive = not self.is_http10 and "close" not in headers.get("connection", "").lower()
@@ -1949,7 +1928,7 @@ class Connection:
         if self.is_streaming:
             await self.send_events([error.body()])
         else:
-            await self.respond(error.status, to_json(error.body()), **error.headers)
+            await self.respond(error.status, error.body(), **error.headers)
 
     async def _linger(self):
         """Read on for a second: closing on unread bytes resets the connection, and takes the answer along."""
@@ -1976,25 +1955,27 @@ class Connection:
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
-def to_json(value, encoder=json.JSONEncoder(separators=(",", ":"))) -> bytes:  # noqa: B008
+def to_json(value) -> bytes:
     """Compact JSON in ASCII."""
-    return encoder.encode(value).encode()
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
-class Server:
+class Server(contextlib.AbstractContextManager):
     """The handle that `serve` returns. `url` is where it listens; `close()` stops it, and the LLM is free again."""
 
-    def __init__(self, llm: LLM, host: str, port: int, *, model_name: str, max_queue: int, max_body: int,
-                 max_connections: int, timeout: float, api_key: str | None):
+    def __init__(self, llm: LLM, host: str, port: int, model_name: str, api_key: str | None, max_queue: int, max_body: int,
+                 max_connections: int, timeout: float):
         if llm.tokenizer is None:
             raise ValueError("serve: this model has no tokenizer, and the API speaks text")
-        self.llm, self.model_name, self.max_body, self.timeout = llm, model_name, max_body, timeout
-        self.max_samples = llm.scheduler.max_batch_requests + max_queue
-        self.max_connections, self.api_key = max_connections, api_key
+        if api_key == "":
+            raise ValueError("api_key: is empty, which would let everybody in")
+        self.llm, self.model_name, self.api_key = llm, model_name, api_key
+        self.max_samples, self.max_body = llm.scheduler.max_batch_requests + max_queue, max_body
+        self.max_connections, self.timeout = max_connections, timeout
         self.created, self.num_responses, self.num_samples = int(time.time()), Counter(), 0
         self.connections: dict[asyncio.Task, Connection] = {}
         self.is_stopping, self.drain_seconds = False, 0.0
-        self.events: queue.SimpleQueue[str] = queue.SimpleQueue()  # "fatal", and whatever else is put there; see `wait`
+        self.events: queue.SimpleQueue[str] = queue.SimpleQueue()  # "fatal", and what a signal handler puts there
         self.routes = {"/v1/completions": ("POST", functools.partial(self._complete, is_chat=False)),
                        "/v1/chat/completions": ("POST", functools.partial(self._complete, is_chat=True)),
                        "/v1/models": ("GET", self._models), "/tokenize": ("POST", self._tokenize),
@@ -2006,19 +1987,12 @@ class Server:
         self._thread.start()
         self.url = started.result()
 
-    def wait(self) -> str:
-        """Sleep until something is put into `events`, by a signal handler or because the device failed."""
-        return self.events.get()
-
     def close(self, drain_seconds: float = 0.0) -> None:
         """Refuse what is new, let what runs finish within so many seconds, abort the rest, and stop."""
         if self._thread.is_alive():
             self.drain_seconds = drain_seconds
             self._loop.call_soon_threadsafe(self._closing.set)
             self._thread.join()
-
-    def __enter__(self) -> Server:
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -2030,7 +2004,7 @@ class Server:
         self._idle.set()
         try:
             listener = await asyncio.start_server(self._accept, host, port, limit=MAX_HEAD, backlog=1024)
-        except (OSError, OverflowError) as error:
+        except Exception as error:  # of many kinds, and `started` must be told
             started.set_exception(ValueError(f"serve: can not listen at {host}:{port}: {error}"))
             return
         self.engine = EngineThread(self.llm, self._loop, lambda: self.events.put("fatal"))
@@ -2043,9 +2017,10 @@ class Server:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._idle.wait(), self.drain_seconds)
         listener.close()
-        self.engine.commands.put(lambda: self.engine.stop(HTTPError(503, "the server is stopping")))
-        await self._loop.run_in_executor(None, self.engine.join)
+        await self._ask(lambda: self.engine.end("the server is stopping"))
         await self._hang_up()
+        self.engine.commands.put(None)
+        await self._loop.run_in_executor(None, self.engine.join)
         self._text_threads.shutdown(wait=False)
 
     async def _hang_up(self):
@@ -2104,10 +2079,11 @@ class Server:
                 while not job.stream and len(updates) < job.num_samples:
                     updates += await job.take()
             if job.stream:
-                await connection.send_events(answer.closing())
+                if job.include_usage:
+                    await connection.send_events([{**answer.frame, "choices": [], "usage": answer.usage()}])
                 await connection.end_events()
             else:
-                await connection.respond(200, to_json(answer.whole(updates)))
+                await connection.respond(200, answer.whole(updates))
 
     @contextlib.contextmanager
     def _admitted(self, job):
@@ -2136,23 +2112,16 @@ class Server:
     async def _models(self, connection, body):
         model = {"id": self.model_name, "object": "model", "created": self.created, "owned_by": "nanoserve",
                  "max_model_len": self.llm.max_model_len}
-        await connection.respond(200, to_json({"object": "list", "data": [model]}))
+        await connection.respond(200, {"object": "list", "data": [model]})
 
     async def _tokenize(self, connection, body):
-        known = {"model", "prompt", "messages", "add_special_tokens"}
-        check_fields(body, known)
+        check_fields(body, {"model", "prompt", "messages"})
         self._check_model(body)
-        tokenizer, prompt = self.llm.tokenizer, body.get("prompt")
-        if "messages" in body:
-            encode, text = functools.partial(encode_chat, tokenizer), parse_messages(body["messages"])
-        else:
-            special = body.get("add_special_tokens") is None or flag(body, "add_special_tokens")
-            encode, text = functools.partial(tokenizer.encode, add_special_tokens=special), prompt
-            if not isinstance(prompt, str):
-                raise ValueError(f"prompt: must be a text, got {type(prompt).__name__}")
-        tokens = await self._loop.run_in_executor(self._text_threads, encode, text)
-        await connection.respond(200, to_json({"tokens": tokens, "count": len(tokens),
-                                               "max_model_len": self.llm.max_model_len}))
+        source = parse_messages(body["messages"]) if "messages" in body else body.get("prompt")
+        if not isinstance(source, (str, list)) or ("messages" in body and "prompt" in body):
+            raise ValueError("prompt: must be a text, or absent where there are messages")
+        tokens = await self._loop.run_in_executor(self._text_threads, encode, self.llm.tokenizer, source)
+        await connection.respond(200, {"tokens": tokens, "count": len(tokens), "max_model_len": self.llm.max_model_len})
 
     async def _detokenize(self, connection, body):
         check_fields(body, {"model", "tokens"})
@@ -2161,24 +2130,32 @@ class Server:
         if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < vocab for token in tokens):
             raise ValueError(f"tokens: must be a list of token ids from 0 to {vocab - 1}")
         text = await self._loop.run_in_executor(self._text_threads, self.llm.tokenizer.decode, tokens, False)
-        await connection.respond(200, to_json({"prompt": text}))
+        await connection.respond(200, {"prompt": text})
 
     async def _health(self, connection, body):
-        state = "failed" if self.engine.fatal else "stopping" if self.is_stopping else "ok"
-        await connection.respond(200 if state == "ok" else 503, to_json({"status": state}))
+        state = "stopping" if self.is_stopping else "failed" if self.engine.over else "ok"
+        await connection.respond(200 if state == "ok" else 503, {"status": state})
 
     async def _stats(self, connection, body):
-        await connection.respond(200, to_json(await self._snapshot()))
+        await connection.respond(200, await self._snapshot())
 
     async def _metrics(self, connection, body):
-        text = render_metrics(await self._snapshot(), self.engine, self.num_responses)
-        await connection.respond(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+        await connection.respond(200, render_metrics(await self._snapshot(), self.engine, self.num_responses))
 
     async def _snapshot(self):
-        future: concurrent.futures.Future = concurrent.futures.Future()
-        self.engine.commands.put(lambda: self.engine.snapshot(future))
-        return {**await asyncio.wrap_future(future), "connections": len(self.connections),
+        return {**await self._ask(self.engine.snapshot), "connections": len(self.connections),
                 "admitted_samples": self.num_samples, "max_samples": self.max_samples}
+
+    async def _ask(self, command):
+        """What a command to the engine returns."""
+        future: concurrent.futures.Future = concurrent.futures.Future()
+
+        def obey():
+            if future.set_running_or_notify_cancel():
+                future.set_result(command())
+
+        self.engine.commands.put(obey)
+        return await asyncio.wrap_future(future)
 
 
 def render_metrics(stats: dict[str, int], engine: EngineThread, responses: Counter) -> str:
@@ -2212,16 +2189,15 @@ def render_metrics(stats: dict[str, int], engine: EngineThread, responses: Count
     return "\n".join(lines) + "\n"
 
 
-def serve(llm: LLM, host: str = "127.0.0.1", port: int = 0, *, model_name: str = "nanoserve", max_queue: int = 1024,
-          max_body: int = 4 << 20, max_connections: int = 1024, timeout: float = 30.0, api_key: str | None = None) -> Server:
+def serve(llm: LLM, host: str = "127.0.0.1", port: int = 0, *, model_name: str = "nanoserve", api_key: str | None = None,
+          max_queue: int = 1024, max_body: int = 4 << 20, max_connections: int = 1024, timeout: float = 30.0) -> Server:
     """Serve an LLM over HTTP, in two threads of this process, until the handle's `close()`. Port 0 is any free one.
 
     max_queue: samples that may wait beyond those that can run; more get 429 · max_body: bytes of a request's body ·
     timeout: seconds for a client to send its headers, its body, or the next request, and to read what is written.
     Meanwhile nobody else may use the LLM. ValueError if the address can not be had. Survey A IV.A · B 3.2.4.
     """
-    server = Server(llm, host, port, model_name=model_name, max_queue=max_queue, max_body=max_body,
-                    max_connections=max_connections, timeout=timeout, api_key=api_key)
+    server = Server(llm, host, port, model_name, api_key, max_queue, max_body, max_connections, timeout)
     is_local = server.url.startswith(("http://127.", "http://[::1]"))
     log.info(f"{model_name} is served at {server.url}, which {'only this machine' if is_local else 'other machines'} can "
              f"reach, {'with' if api_key else 'without'} a key")
@@ -2651,11 +2627,11 @@ def serve_until_signal(args: argparse.Namespace) -> int:
     # A folder's own name: the way to it is nobody's business.
     name = args.model or "nanoserve"
     name = Path(name).resolve().name if Path(name).is_dir() else name
-    server = serve(llm, args.host, args.port, model_name=name, api_key=args.api_key, max_queue=args.max_queue,
-                   max_body=args.max_body, max_connections=args.max_connections, timeout=args.timeout)
+    limits = {option: getattr(args, option) for option in ("api_key", "max_queue", "max_body", "max_connections", "timeout")}
+    server = serve(llm, args.host, args.port, model_name=name, **limits)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: server.events.put(signal.Signals(number).name))
-    event = server.wait()
+    event = server.events.get()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # the second one does not wait
     log.info(f"{event}: stopping within {args.drain_seconds:g} seconds")

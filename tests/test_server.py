@@ -279,6 +279,14 @@ def test_logprobs_of_completions(server, offline, echo, streamed):
     assert not echo or got["tokens"][0] == "<|begin_of_text|>"
 
 
+def test_offsets_of_a_prompt_that_ends_inside_a_character(server, offline):
+    ids = offline.tokenizer.encode("one 🦊", add_special_tokens=False)
+    assert offline.tokenizer.decode(ids[:-1]) == "one \ufffd"
+    logprobs = complete(server, ids[:-1], echo=True, logprobs=0, max_tokens=1)["choices"][0]["logprobs"]
+    told = list(zip(logprobs["tokens"], logprobs["text_offset"]))
+    assert told[0][1] == 0 and all("one "[at:].startswith(token) for token, at in told if "\ufffd" not in token and at < 4)
+
+
 def test_logprobs_of_a_chat(server, offline):
     messages = [{"role": "user", "content": "Hi"}]
     ids = offline.tokenizer.apply_chat_template(messages)
@@ -339,7 +347,8 @@ def test_seeds_and_biases_and_penalties_act(server, offline):
     ({"stop": [""]}, 400, "stop"), ({"stop": ["x"] * 17}, 400, "stop"), ({"stream": 1}, 400, "stream"),
     ({"logit_bias": {"x": 1}}, 400, "logit_bias"), ({"logit_bias": {"5": "y"}}, 400, "logit_bias"),
     ({"logit_bias": {"99999": 1}}, 400, "logit_bias"), ({"logit_bias": [1]}, 400, "logit_bias"),
-    ({"logprobs": True}, 400, "logprobs"), ({"echo": "yes"}, 400, "echo"), ({"best_of": 2}, 400, "best_of"),
+    ({"logprobs": True}, 400, "logprobs"), ({"logprobs": 21}, 400, "logprobs"),
+    ({"echo": "yes"}, 400, "echo"), ({"best_of": 2}, 400, "best_of"),
     ({"suffix": "z"}, 400, "suffix"), ({"tools": [{}]}, 400, "tools"), ({"messages": []}, 400, "messages"),
     ({"stream": None, "stream_options": {}}, 400, "stream_options"), ({"top_logprobs": 1}, 400, "top_logprobs"),
     ({"stream": True, "stream_options": {"oops": 1}}, 400, "stream_options"), ({"priority": "high"}, 400, "priority"),
@@ -365,7 +374,8 @@ def test_what_is_refused_is_named(server, fields, status, param, streamed):
     ({"messages": [{"role": "user", "content": None}]}, "messages"), ({"prompt": "x"}, "prompt"),
     ({"max_completion_tokens": 5, "max_tokens": 6}, "max_completion_tokens"), ({"top_logprobs": 2}, "top_logprobs"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"), ({"logprobs": 3}, "logprobs"), ({"echo": True}, "echo"),
-    ({"logprobs": True, "top_logprobs": 1.0}, "top_logprobs"), ({"response_format": {"type": "json_object"}},
+    ({"logprobs": True, "top_logprobs": 1.0}, "top_logprobs"), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"response_format": {"type": "json_object"}},
                                                                 "response_format")], ids=str)
 def test_what_a_chat_refuses(server, fields, param):
     status, _, answer = call(server, "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], **fields})
@@ -387,14 +397,14 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/j
 
 @pytest.mark.parametrize("data, status", [
     (HEAD + b"\r\n", 411), (HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
-    (HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n", 400),
+    (HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n", 411),
     (HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400), (HEAD + b"Content-Length: 2, 2\r\n\r\n{}", 400),
     (HEAD + b"Content-Length: +2\r\n\r\n{}", 400), (HEAD + b"Content-Length: -2\r\n\r\n{}", 400),
     (HEAD + b"Content-Length: 0x2\r\n\r\n{}", 400), (HEAD + b"Content-Length: 99999999999999999999999\r\n\r\n{}", 400),
     (HEAD + b"Content-Length: 5000000\r\n\r\n", 413), (HEAD + b"X : y\r\n\r\n", 400), (HEAD + b" folded\r\n\r\n", 400),
     (HEAD + b"X: a\rb\r\n\r\n", 400), (HEAD + b"X: a\nb\r\n\r\n", 400), (HEAD + b"X: \0\r\n\r\n", 400),
     (HEAD + b"nothing\r\n\r\n", 400), (HEAD + b"Host: y\r\n\r\n", 400), (HEAD + b"X: " + b"y" * 40_000 + b"\r\n\r\n", 431),
-    (HEAD + b"Expect: tea\r\nContent-Length: 2\r\n\r\n{}", 417), (HEAD + b"Content-Type: a/b\r\n\r\n", 400),
+    (HEAD + b"Content-Type: a/b\r\n\r\n", 400),
     (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", 415),
     (b"POST /v1/completions HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", 400), (b"GET /health HTTP/2.0\r\n\r\n", 400),
     (b"GET  /health HTTP/1.1\r\nHost: x\r\n\r\n", 400), (b"G\0T /health HTTP/1.1\r\nHost: x\r\n\r\n", 400),
@@ -417,9 +427,20 @@ def test_a_body_that_is_too_long_is_refused_though_it_is_still_being_sent(server
     assert status_of(received) == 413 and b"max_body=4194304" in received
 
 
+def test_an_empty_key_is_not_taken_for_none():
+    with pytest.raises(ValueError, match="^api_key: "):
+        serve(make(), api_key="")
+
+
 def test_expect_100_continue(server):
     received = raw(server, post({"prompt": "x"}, headers="Expect: 100-continue\r\n"))
     assert received.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
+
+
+def test_an_answer_to_head_has_no_body(server):
+    received = raw(server, b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\n" + load.http("GET", "/health"))
+    head, _, rest = received.partition(b"\r\n\r\n")
+    assert status_of(head) == 405 and status_of(rest) == 200
 
 
 @pytest.mark.parametrize("data, status", [(b"POST /v1/comp", 408), (HEAD + b"Content-Length: 9\r\n\r\n{", 408), (b"", None)])
@@ -531,8 +552,37 @@ def test_who_leaves_is_aborted_within_one_step(serving, streamed, how):
     assert complete(server, max_tokens=2)["choices"][0]["finish_reason"] == "length"
 
 
-def test_who_reads_slowly_holds_up_nobody_and_gets_everything(serving):
+def test_who_leaves_while_the_server_waits_for_it_to_read_is_aborted(serving):
+    """Room to write and the end of the connection come at once: before Python 3.12, wait_for loses a cancellation then."""
+    llm, go = make(), threading.Event()
+    gate, server = Gate(llm), serving(llm)
+    with socket.create_connection(("127.0.0.1", port_of(server)), PATIENCE) as client:
+        client.sendall(post({"prompt": [5, 6], "max_tokens": 100, "n": 16, "logprobs": 20, "stream": True,
+                             "ignore_eos": True}))
+        gate.open(1)
+        until(lambda: gate.entered == 2)
+        writer = next(iter(server.connections.values())).writer
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        while writer.transport.get_write_buffer_size() < 1 << 16:
+            gate.open(1)
+            until(lambda entered=gate.entered: gate.entered > entered or writer.transport.get_write_buffer_size() > 1 << 16)
+            time.sleep(0.02)
+        server._loop.call_soon_threadsafe(go.wait, PATIENCE)  # until then the loop sees nothing
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        client.settimeout(0.1)
+        with contextlib.suppress(socket.timeout):
+            while client.recv(1 << 20):
+                pass
+    go.set()
+    until(lambda: not server.engine.commands.empty())  # it is to be forgotten
+    gate.open(200)
+    until(lambda: is_idle(llm))
+    assert llm.stats()["finished"] == 0 and llm.stats()["aborted"] == 16
+
+
+def test_who_reads_slowly_holds_up_nobody_and_gets_everything(serving, monkeypatch):
     """Megabytes wait for a client that does not read; others are answered, and it gets all of it in fewer events."""
+    monkeypatch.setattr(nanoserve, "MAX_LOGPROBS", 400)
     llm = make()
     server = serving(llm)
     body = {"prompt": PROMPT, "max_tokens": 100, "n": 8, "stream": True, "logprobs": 400, "temperature": 0,
@@ -556,7 +606,8 @@ def test_who_reads_slowly_holds_up_nobody_and_gets_everything(serving):
     assert sum(len(event["choices"][0]["logprobs"]["tokens"]) for event in events if event["choices"][0]["logprobs"]) == 800
 
 
-def test_who_reads_nothing_at_all_is_given_up(serving):
+def test_who_reads_nothing_at_all_is_given_up(serving, monkeypatch):
+    monkeypatch.setattr(nanoserve, "MAX_LOGPROBS", 400)
     llm = make()
     server = serving(llm, timeout=0.5)
     with socket.socket() as client:
@@ -585,6 +636,17 @@ def test_a_long_text_being_tokenized_stalls_nobody(serving, monkeypatch):
     go.set()
     thread.join(PATIENCE)
     assert answers
+
+
+def test_the_tokenizer_lets_others_run(server):
+    """The library keeps Python's lock in `encode`: a megabyte would hold up all clients and the engine."""
+    client = threading.Thread(target=call, args=(server, "/v1/completions", {"prompt": " " * 1_000_000}))
+    times = [time.perf_counter()]
+    client.start()
+    while client.is_alive():
+        assert call(server, "/health")[0] == 200
+        times.append(time.perf_counter())
+    assert max(after - before for before, after in zip(times, times[1:])) < (times[-1] - times[0]) / 2
 
 
 # ---- what fails ----
@@ -701,7 +763,7 @@ def test_a_sample_that_is_reported_twice_ends_once():
     engine = nanoserve.EngineThread(llm, Loop(), on_fatal=None)
     job = Job({"prompt": [5, 6], "n": 2, "max_tokens": 4, "stream": True}, is_chat=False)
     job.tokenize(llm)
-    job.put = posted.append
+    job.mailbox.put_nowait = posted.append
     engine.add(job)
     while llm.has_work():
         changed = llm.step()
@@ -723,13 +785,19 @@ def test_a_dead_device_is_told_and_ends_the_command(serving, monkeypatch, error)
 
     monkeypatch.setattr(llm.model, "forward", forward)
     assert call(server, "/v1/completions", {"prompt": "x"})[0] == 503
-    assert server.wait() == "fatal"
+    assert server.events.get() == "fatal"
     assert call(server, "/health")[::2] == (503, {"status": "failed"})
     assert call(server, "/v1/completions", {"prompt": "x"})[0] == 503
     assert call(server, "/stats")[0] == 200
     monkeypatch.setattr(nanoserve, "make_llm", lambda args, **more: llm)
-    monkeypatch.setattr(nanoserve.Server, "wait", lambda self: "fatal")
     monkeypatch.setattr(nanoserve.signal, "signal", lambda *args: None)
+
+    def start_and_fail(*args, **options):
+        server = serve(llm)
+        server.events.put("fatal")
+        return server
+
+    monkeypatch.setattr(nanoserve, "serve", start_and_fail)
     assert main(["serve", "--port", "0"]) == 1
 
 
@@ -781,6 +849,51 @@ def test_stopping(serving, drain, streamed):
         socket.create_connection(("127.0.0.1", port_of(server)), 1)
     assert is_idle(llm) and not server.engine.is_alive() and server.close() is None
     assert llm.generate("x", SamplingParams(max_tokens=2))  # the LLM is free again
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_stopping_before_a_text_is_tokenized(serving, monkeypatch, path):
+    """It was not queued yet when the engine was told to end, and gets an answer all the same."""
+    llm, entered, go = make(), threading.Event(), threading.Event()
+    server, encode, received = serving(llm), llm.tokenizer.encode, []
+
+    def slow(text):
+        entered.set()
+        return go.wait(PATIENCE) and encode(text)
+
+    monkeypatch.setattr(llm.tokenizer, "encode", slow)
+    client = threading.Thread(target=lambda: received.append(raw(server, post({"prompt": "x"}, path))))
+    client.start()
+    assert entered.wait(PATIENCE)
+    closing = threading.Thread(target=server.close, args=(0.01,))
+    closing.start()
+    until(lambda: server.engine.over)
+    go.set()
+    client.join(PATIENCE)
+    closing.join(PATIENCE)
+    assert status_of(received[0]) == (200 if path == "/tokenize" else 503) and is_idle(llm)
+
+
+def test_an_engine_whose_books_are_wrong_says_so(serving, monkeypatch):
+    """Not even aborting works. Whoever asks is told, and so is the command."""
+    llm = make()
+    server = serving(llm)
+
+    def broken(*args):
+        raise AssertionError("a block is held by nobody")
+
+    monkeypatch.setattr(llm, "abort", broken)
+    monkeypatch.setattr(llm, "drop_step", broken)
+    monkeypatch.setattr(llm.model, "forward", broken)
+    for _ in range(2):
+        assert call(server, "/v1/completions", {"prompt": "x"})[0] == 503
+    assert server.events.get() == "fatal" and call(server, "/health")[2] == {"status": "failed"}
+
+
+@pytest.mark.parametrize("host", ["x" * 64, "a\0b", "1.2.3.4.5"], ids=repr)
+def test_a_host_that_is_none(host):
+    with pytest.raises(ValueError, match="serve: can not listen"):
+        serve(make(), host)
 
 
 def test_an_address_that_is_taken(server, monkeypatch, capsys):

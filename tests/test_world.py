@@ -213,7 +213,7 @@ def test_tokenizer_knows_the_world(tokenizer):
     assert len(tokenizer.encode(text).ids) <= 1.1 * world.size(text)
     digits = tokenizer.encode("It was 472.", add_special_tokens=False).tokens
     assert [t for t in digits if t.isdigit()] == ["4", "7", "2"]
-    for word in world.GIRLS + world.BOYS + world.PETS + world.COLOURS + world.NUMBERS[1:10]:
+    for word in world.GIRLS + world.BOYS + world.PETS + world.COLOURS + world.NUMBERS[2:10]:
         assert len(tokenizer.encode(" " + word, add_special_tokens=False).ids) == 1, word
 
 
