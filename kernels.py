@@ -19,6 +19,7 @@ Survey A VI.C (Inference pipeline optimization) · B 3.2.5 · C KV Cache Optimiz
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -183,8 +184,8 @@ def add_norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, 
         if cpp:
             cpp("add_norm", x, delta, weight, bias, out, total, rows, cols, eps)
         else:
-            N = per_load(x, cols)
-            cuda("add_norm", (rows,), threads(cols // N), x, delta, weight, bias, out, total, cols, eps, N=N)
+            N = per_load(cols, x, delta, weight, bias)
+            cuda("add_norm", (rows,), threads(cols // N), x, delta, weight, bias, out, total, cols, float(eps), N=N)
         return out, total
     x = x if delta is None else x + delta
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -210,9 +211,9 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         if cpp:
             cpp("silu_mul", gate_up, out, rows, cols)
         else:
-            N = per_load(out, cols)
+            N = per_load(cols, gate_up, out)
             block = min(256, threads(cols // N))
-            cuda("silu_mul", (-(-cols // (N * block)), rows), block, gate_up, out, cols, N=N)
+            cuda("silu_mul", (rows, -(-cols // (N * block))), block, gate_up, out, cols, N=N)
         return out
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -300,7 +301,8 @@ def rope_and_write_kv(qkv: torch.Tensor, num_heads: int, positions: torch.Tensor
             cpp("rope_and_write_kv", *tensors, len(qkv), num_heads, kv_heads, head_dim, eps)
         else:
             heads = num_heads + 2 * kv_heads
-            cuda("rope_and_write_kv", (len(qkv), -(-heads // 4)), 128, *tensors, num_heads, kv_heads, eps, D=head_dim)
+            cuda("rope_and_write_kv", (len(qkv), -(-heads // 4)), 128, *tensors, num_heads, kv_heads, float(eps),
+                 D=head_dim)
         return qkv.view(len(qkv), -1, head_dim)[:, :num_heads]
     q, k, v = qkv.view(qkv.shape[0], -1, head_dim).split([num_heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None:
@@ -321,9 +323,9 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
                     context_lens: torch.Tensor, query_start: torch.Tensor, scale: float, window: int = 0) -> torch.Tensor:
     """Causal attention of a ragged batch over the paged cache: any mix of query lengths in one call. Returns [T, Hq, D].
 
-    The n queries of a request are its last n positions, so query i of n stands at position context_len - n + i and sees
-    the keys up to there; with a `window` only the last `window` of them, itself included. Query head h reads key/value
-    head h // (Hq // Hkv). Softmax in at least float32. Survey A III.A · B 3.2.3, 3.2.5. (arXiv:2309.06180)
+    The n > 0 queries of a request are its last n positions, so query i of n stands at position context_len - n + i and
+    sees the keys up to there; with a `window` only the last `window` of them, itself included. Query head h reads
+    key/value head h // (Hq // Hkv). Softmax in at least float32. Survey A III.A · B 3.2.3, 3.2.5. (arXiv:2309.06180)
     """
     T, num_heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
@@ -362,14 +364,14 @@ def _paged_attention_cuda(cuda, q, k_cache, v_cache, block_tables, context_lens,
     tiles = B if decode else T * group // R + B
     # So many blocks that a last round with few of them does not matter, but no split of fewer than 256 keys, or adding up
     # would cost more than it gains. From shapes alone, so that a captured graph can be replayed.
-    splits = max(1, min(16 * cuda.num_sms // (tiles * kv_heads), M * block_size // 256))
+    splits = max(1, min(16 * cuda.num_sms // max(1, tiles * kv_heads), M * block_size // 256))
     out = q.new_empty(T, heads, head_dim)
     sums = stats = None
     if splits > 1:
         sums, stats = (q.new_empty(splits, T, heads, n, dtype=torch.float32) for n in (head_dim, 2))
     constants = {"D": head_dim, "R": R, "DECODE": int(decode)}
     cuda("paged_attention", (tiles, kv_heads, splits), 128, q, k_cache, v_cache, block_tables, context_lens, query_start,
-         out, sums, stats, B, M, block_size, T, heads, kv_heads, q.stride(0), window, scale, **constants)
+         out, sums, stats, B, M, block_size, T, heads, kv_heads, q.stride(0), window, float(scale), **constants)
     if splits > 1:
         cuda("combine_splits", (-(-T * heads // 4),), 128, sums, stats, out, T * heads, splits, **constants)
     return out
@@ -776,7 +778,7 @@ extern "C" void sample(const T* logits, const float* temperature, const int64_t*
                 out[r] = std::find_if(row, row + V, [&](T x) { return to_float(x) == largest; }) - row;
                 continue;
             }
-            float limit = 3e38f;  // deeper than all but -inf
+            float limit = 87.f;  // deeper than that exp_ says what it says at 87, and nothing has a probability
             #pragma omp simd
             for (int64_t i = 0; i < V; i++) depths[i] = (largest - to_float(row[i])) / temperature[r];
             if (top_k[r] > 0 && top_k[r] < V) {
@@ -1059,10 +1061,13 @@ class CudaKernels:
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
-        from cuda.bindings import driver, nvrtc
+        from cuda.bindings import driver
 
-        self.driver, self.nvrtc, self.element = driver, nvrtc, _CUDA_ELEMENTS[dtype]
+        self.driver, self.element = driver, _CUDA_ELEMENTS[dtype]
         properties = torch.cuda.get_device_properties(device)
+        # The context that torch uses for this device. The calling thread's current one may belong to another device, and
+        # a thread that has not touched CUDA yet has none.
+        self.context = self._check(driver.cuDevicePrimaryCtxRetain(self._check(driver.cuDeviceGet(device.index))))
         self.device, self.num_sms = device, properties.multi_processor_count
         self.arch = f"sm_{properties.major}{properties.minor}"
         self.loaded: dict[tuple, object] = {}
@@ -1073,13 +1078,19 @@ class CudaKernels:
         A tensor is passed as a pointer, None as a null pointer, an int as int, a float as float; `constants` are the
         numbers that its source leaves open.
         """
+        if not all(grid):  # no rows, no work; CUDA would call it an invalid value
+            return
         key = name, *sorted(constants.items())
-        if key not in self.loaded:
-            self.loaded[key] = self._load(name, constants)
         pointers, _values = kernel_arguments(args)
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        self._check(self.driver.cuLaunchKernel(self.loaded[key], *grid, *(1,) * (3 - len(grid)), block, 1, 1, 0, stream,
-                                               ctypes.addressof(pointers), 0))
+        self._check(self.driver.cuCtxPushCurrent(self.context))
+        try:
+            if key not in self.loaded:
+                self.loaded[key] = self._load(name, constants)
+            self._check(self.driver.cuLaunchKernel(self.loaded[key], *grid, *(1,) * (3 - len(grid)), block, 1, 1, 0, stream,
+                                                   ctypes.addressof(pointers), 0))
+        finally:
+            self._check(self.driver.cuCtxPopCurrent())
 
     def _load(self, name, constants):
         code = nvrtc_compile(cuda_source(name, self.element, **constants), self.arch)
@@ -1100,9 +1111,11 @@ def cuda_kernels(device: torch.device, dtype: torch.dtype) -> CudaKernels | None
         return None
     try:
         kernels = CudaKernels(device, dtype)
-        kernels._load("silu_mul", {"N": 1})  # if one compiles, all do: the tests compile every one
+        # If one compiles and runs, all do: the tests compile every one.
+        x = torch.zeros(3, dtype=dtype, device=device)
+        kernels("silu_mul", (1, 1), 32, x, x[2:], 1, N=1)
         return kernels
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError, OSError) as error:
         warnings.warn(f"the CUDA kernels could not be compiled, PyTorch runs instead (slower): {error}", stacklevel=2)
         return None
 
@@ -1127,8 +1140,10 @@ def nvrtc_compile(source: str, arch: str) -> bytes:
     version = "{}.{}".format(*nvrtc.nvrtcVersion()[1:])
     key = hashlib.sha256("\0".join([source, arch, version]).encode()).hexdigest()[:16]
     target = cache_folder() / f"cuda-{arch}-{key}.cubin"
-    if target.exists():
-        return target.read_bytes()
+    if target.exists():  # the code, then its hash: who loads what a full disk or a crash left of it gets anything
+        code, end = (data := target.read_bytes())[:-32], data[-32:]
+        if hashlib.sha256(code).digest() == end:
+            return code
     program = check(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
     options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17"]
     if nvrtc.nvrtcCompileProgram(program, len(options), options)[0]:
@@ -1138,10 +1153,11 @@ def nvrtc_compile(source: str, arch: str) -> bytes:
     code = b" " * check(nvrtc.nvrtcGetCUBINSize(program))
     check(nvrtc.nvrtcGetCUBIN(program, code))
     check(nvrtc.nvrtcDestroyProgram(program))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-        file.write(code)
-    Path(file.name).replace(target)  # in one move: another process may be writing the same
+    with contextlib.suppress(OSError):  # a folder that nobody can write to costs time at the next start, no more
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            (built := Path(scratch) / "kernel.cubin").write_bytes(code + hashlib.sha256(code).digest())
+            built.replace(target)  # in one move: another process may be writing the same
     return code
 
 
@@ -1153,9 +1169,10 @@ def kernel_arguments(args) -> tuple[ctypes.Array, list]:
     return (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values)), values
 
 
-def per_load(x: torch.Tensor, cols: int) -> int:
-    """How many neighbouring elements a thread can take at once: at most 16 bytes, and a divisor of `cols`."""
-    return math.gcd(cols, 16 // x.element_size())
+def per_load(cols: int, *tensors: torch.Tensor | None) -> int:
+    """How many neighbours in rows of `cols` a thread can take at once: at most 16 bytes, from where the tensors begin."""
+    size = tensors[0].element_size()
+    return math.gcd(cols, 16 // size, *(t.data_ptr() // size for t in tensors if t is not None))
 
 
 def threads(most: int) -> int:
@@ -1207,7 +1224,7 @@ __device__ unsigned fma_fp16x2(unsigned a, unsigned b, unsigned c) {
 __device__ unsigned transpose_8x8(unsigned pair) {
     unsigned out; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair)); return out;
 }
-namespace cuda { template <class V> __device__ void check_aligned(const V*) {} }
+namespace cuda { template <class V> __device__ void check_access(const V*) {} }
 #endif
 
 __device__ float to_float(float x) { return x; }
@@ -1221,12 +1238,12 @@ __device__ void put(fp16* p, float x) { p->bits = float_to_half(x); }
 template <class T, int N> struct alignas(sizeof(T) * N) Vec { T at[N]; };
 template <class T, int N> __device__ Vec<T, N> load(const T* p) {
     const Vec<T, N>* v = (const Vec<T, N>*)p;
-    cuda::check_aligned(v);
+    cuda::check_access(v);
     return *v;
 }
 template <class T, int N> __device__ void store(T* p, const Vec<T, N>& x) {
     Vec<T, N>* v = (Vec<T, N>*)p;
-    cuda::check_aligned(v);
+    cuda::check_access(v);
     *v = x;
 }
 
@@ -1293,18 +1310,18 @@ extern "C" __global__ void add_norm(const T* x, const T* delta, const T* weight,
 CUDA["silu_mul"] = r"""
 // out[row, i] = silu(gate_up[row, i]) * gate_up[row, cols + i]
 //
-// Grid (piece of a row, row). A thread takes N neighbours. Reads 2, writes 1 sizeof(T) bytes per entry of out.
+// Grid (row, piece of it). A thread takes N neighbours. Reads 2, writes 1 sizeof(T) bytes per entry of out.
 // Left open: T, N (a divisor of cols).
 extern "C" __global__ void silu_mul(const T* gate_up, T* out, int cols) {
-    int i = (blockIdx.x * blockDim.x + threadIdx.x) * N;
+    int i = (blockIdx.y * blockDim.x + threadIdx.x) * N;
     if (i >= cols) return;
-    const T* gates = gate_up + 2ll * blockIdx.y * cols + i;
+    const T* gates = gate_up + 2ll * blockIdx.x * cols + i;
     Vec<T, N> gate = load<T, N>(gates), up = load<T, N>(gates + cols);
     for (int j = 0; j < N; j++) {
         float x = to_float(gate.at[j]);
         put(&up.at[j], x / (1 + __expf(-x)) * to_float(up.at[j]));
     }
-    store<T, N>(out + (long long)blockIdx.y * cols + i, up);
+    store<T, N>(out + (long long)blockIdx.x * cols + i, up);
 }
 """
 
@@ -1535,8 +1552,8 @@ paged_attention(const T* q, const T* k_cache, const T* v_cache, const int* block
     for (int i = threadIdx.x; i < rows * D; i += 32 * WARPS) {
         int row = i / D, d = i % D;
         float m = largest(row), l = 0;
-        for (int w = 0; w < WARPS; w++)
-            if (row_top[w][row] != -INFINITY) l += row_total[w][row] * exp2f(row_top[w][row] - m);
+        for (int w = 0; w < WARPS; w++)  // a total without a largest score is 0, or NaN, which has to show
+            l += row_total[w][row] * (row_top[w][row] == -INFINITY ? 1 : exp2f(row_top[w][row] - m));
         if (splits == 1) {
             put(&out[output_row(row) * D + d], row_out[row][d] / l);
         } else {
@@ -1604,9 +1621,10 @@ low_bit_linear(const T* x, const void* codes, const bf16* scales, T* out, int ro
         Vec<unsigned, 4> w[2];
         float scale[2];
         for (int h = 0; h < 2; h++) {  // past the last output: the last one again, to be dropped
-            long long at = (long long)min(o + g + 8 * h, outputs - 1) * inputs + k;
-            w[h] = load<unsigned, 4>((const unsigned*)codes + at * BITS / 32);
-            scale[h] = BITS == 4 ? to_float(scales[at / group]) : 1;
+            long long output = min(o + g + 8 * h, outputs - 1);
+            w[h] = load<unsigned, 4>((const unsigned*)codes + (output * inputs + k) * BITS / 32);
+            // Divided in 32 bits, for in 64 a division is a whole subroutine.
+            scale[h] = BITS == 4 ? to_float(scales[output * (inputs / group) + k / group]) : 1;
         }
         const T* row = x + (long long)min(r + g, rows - 1) * inputs + k;
         for (int i = 0; i < PER_LANE / 2; i += 4) {

@@ -1,6 +1,7 @@
 """One command for a machine with a GPU: runs the GPU tests, then measures all that the README's GPU table wants to know.
 
     python tests/gpu_report.py              # prints as it goes; about ten minutes
+    python tests/gpu_report.py --kernels    # without the tests and the engine's figures
     python tests/gpu_report.py --tiny       # small sizes on whatever device there is: shows only that the script runs
 
 Kernels are timed by the device's own clock, after a warm-up, as the median of several runs, over buffers too large for the
@@ -93,14 +94,14 @@ def command(*words: str) -> None:
     subprocess.run([sys.executable, *words], cwd=ROOT, check=False)
 
 
-def main(tiny: bool) -> None:
+def main(tiny: bool, only_kernels: bool) -> None:
     """Print everything."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, commit {commit.strip() or 'unknown'}"
           + (", TINY: these figures mean nothing" if tiny else ""))
-    if not tiny:
+    if not (tiny or only_kernels):
         command("-m", "pytest", "-m", "gpu")
     bandwidth = copy_bandwidth(device, 1 << (16 if tiny else 31))
     print(f"large copy: {bandwidth / 1e9:,.0f} GB/s read and written")
@@ -115,6 +116,8 @@ def main(tiny: bool) -> None:
                 f"{low} {taken['bf16'] / taken[low]:.2f} times as fast" for low in ("int8", "int4")))
     for what, taken in sampling(device, *(4, 100) if tiny else (256, 152_000)).items():
         print(f"sample, {what}: {taken * 1e6:,.0f} us")
+    if only_kernels:
+        return None
     if tiny:
         return command("nanoserve.py", "bench", "--shape", "qwen3-small", "--requests", "1", "--input-len", "4",
                        "--output-len", "2", "--runs", "1")
@@ -129,4 +132,6 @@ def main(tiny: bool) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
-    main(parser.parse_args().tiny)
+    parser.add_argument("--kernels", action="store_true")
+    args = parser.parse_args()
+    main(args.tiny, args.kernels)

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,11 @@ needs_compiler = pytest.mark.skipif(not cuda_on_cpu.compiler(), reason="no C++ c
 
 
 def draw(seed, S=24, V=1000, dtype=F32):
-    """Arguments of `sample`: every filter alone and with others, off in some rows, greedy in some."""
+    """Arguments of `sample`: every filter alone and with others, off in some rows, greedy in some; a row with a NaN."""
     g = torch.Generator().manual_seed(seed)
     logits = (torch.randn(S, V, generator=g) * 3).to(dtype)
     logits[1, ::3] = -torch.inf
+    logits[2, -1] = torch.nan
 
     def column(values, off, keep):  # `off` in all but every keep-th row
         return torch.where(torch.arange(S) % keep == 0, values, off)
@@ -162,7 +164,15 @@ MISTAKES = {
                              "not all lanes meet; lane 0 is at __shfl_xor_sync"),
     "a barrier in a branch of a warp": ("if (threadIdx.x < 8) __syncthreads(); else __shfl_xor_sync(ALL, 1, 1);",
                                         "not all lanes meet"),
+    "lanes meet on other lines": ("if (threadIdx.x < 8) __shfl_xor_sync(ALL, 1, 1);\nelse __shfl_xor_sync(ALL, 1, 1);",
+                                  "not all lanes meet"),
+    "a shuffle of half a warp": ("__shfl_xor_sync(0xffff, 1, 1);", "masks of all lanes"),
+    "a barrier that a warp never reaches": ("if (threadIdx.x < 32) __syncthreads();", "not all threads meet at a barrier"),
+    "a barrier that lanes never reach": ("if (threadIdx.x % 32 < 8) __syncthreads();", "not all threads meet"),
+    "two barriers": ("if (threadIdx.x < 32) __syncthreads();\nelse __syncthreads();", "not all threads meet"),
     "a misaligned load": ("out[threadIdx.x] = load<float, 4>(x + threadIdx.x).at[0];", "not aligned to 16 bytes"),
+    "a load past the end": ("load<float, 4>(out + (threadIdx.x ? 60 : 64));", "outside of the tensors"),
+    "a load before the start": ("load<float, 4>(x - 4);", "outside of the tensors"),
     "a write past the end": ("out[threadIdx.x + 1] = 1;", "outside of its tensor"),
     "a write before the start": ("if (threadIdx.x == 0) out[-1] = 1;", "outside of its tensor"),
 }
@@ -203,10 +213,146 @@ def test_a_missing_barrier_shows_in_reverse(monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.parametrize("reverse", [False, True], ids=["", "reversed"])
+@pytest.mark.parametrize("who", [0, 32])
+def test_a_missing_barrier_between_warps_shows(who, reverse, monkeypatch):
+    """One warp overwrites what all have to read first; and warps do not keep in step because they shuffle."""
+    code = f"""__shared__ float s; if (threadIdx.x == {who}) s = 1; __syncthreads();
+        float before = __shfl_xor_sync(ALL, s, 1); BARRIER if (threadIdx.x == {who}) s = 2; out[threadIdx.x] = before;"""
+    assert launch(monkeypatch, code.replace("BARRIER", "__syncthreads();"), reverse=reverse).tolist() == [1] * 64
+    without = launch(monkeypatch, code.replace("BARRIER", ""), reverse=reverse)
+    assert (without == 2).any() == ((who == 32) == reverse)  # the warp that comes first has to be the one that writes
+
+
+@needs_compiler
+def test_views_keep_their_alignment(monkeypatch):
+    """A tensor that begins anywhere is passed as it begins there, and norms and activations load it in smaller pieces."""
+    monkeypatch.setitem(kernels.CUDA, "mistake", """extern "C" __global__ void mistake(float* x, float* out) {
+        out[threadIdx.x] = load<float, 2>(x).at[0]; }""")
+    x, out = torch.arange(40).float(), torch.empty(32)
+    for at in (0, 1, 2):
+        if at % 2:
+            with pytest.raises(RuntimeError, match="not aligned to 8 bytes"):
+                cuda_on_cpu.CudaOnCpu(F32)("mistake", (1,), 32, x[at:], out)
+        else:
+            cuda_on_cpu.CudaOnCpu(F32)("mistake", (1,), 32, x[at:], out)
+            assert (out == at).all()
+    memory = torch.randn(200, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for at in range(9):
+        rows, weight = memory[at : at + 48].view(3, 16), memory[at + 50 : at + 66]
+        for run in (lambda r=rows, w=weight: kernels.add_norm(r, r, w, w, 1e-5)[0], lambda r=rows: kernels.silu_mul(r)):
+            with cuda_on_cpu.enabled():
+                actual = run()
+            torch.testing.assert_close(actual, run(), rtol=2e-2, atol=2e-2)
+
+
+@needs_compiler
 def test_impossible_launches_are_refused(monkeypatch):
-    for threads, blocks in ((33, (1,)), (2048, (1,)), (32, (1, 70_000))):
+    for threads, blocks in ((33, (1,)), (2048, (1,)), (0, (1,)), (32, (1, 70_000))):
         with pytest.raises(RuntimeError, match="this launch"):
             cuda_on_cpu.CudaOnCpu(F32)("silu_mul", blocks, threads, torch.zeros(64), torch.zeros(32), 32, N=1)
+
+
+# ---- how kernels are launched ----
+
+
+class Driver:
+    """What `kernels.CudaKernels` calls of CUDA's driver; refuses what that refuses. `calls`: what was done, and where."""
+
+    class Result(int):
+        name = "CUDA_ERROR_INVALID_VALUE"
+
+    def __init__(self):
+        self.calls, self.contexts = [], []
+
+    def cuDeviceGet(self, ordinal):
+        return 0, ordinal + 40
+
+    def cuDevicePrimaryCtxRetain(self, device):
+        return 0, f"context of {device - 40}"
+
+    def cuCtxPushCurrent(self, context):
+        self.contexts.append(context)
+        return (0,)
+
+    def cuCtxPopCurrent(self):
+        return 0, self.contexts.pop()
+
+    def cuModuleLoadData(self, code):
+        self.calls.append(("load", *self.contexts))
+        return 0, code
+
+    def cuModuleGetFunction(self, module, name):
+        return 0, name
+
+    def cuLaunchKernel(self, function, *sizes_and_more):
+        sizes, limits = sizes_and_more[:6], (2**31, 65536, 65536, 1025, 1025, 65)
+        self.calls.append((function, *self.contexts))
+        return (0,) if all(0 < n < most for n, most in zip(sizes, limits)) else (self.Result(1),)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The second of two GPUs, of which there is only the driver's interface."""
+    bindings, driver = pytest.importorskip("cuda.bindings", reason="no cuda-bindings here"), Driver()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    monkeypatch.setattr(bindings, "driver", driver, raising=False)
+    properties = types.SimpleNamespace(multi_processor_count=132, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(kernels, "nvrtc_compile", lambda source, arch: b"code")
+    made = kernels.CudaKernels(torch.device("cuda:1"), F32)
+    monkeypatch.setattr(kernels, "compiled", lambda *tensors: (None, made))
+    return driver
+
+
+def test_kernels_run_in_the_context_of_their_device(gpu):
+    """Whatever is current in the calling thread: another device, or nothing. And afterwards it is as before."""
+    kernels.silu_mul(torch.zeros(3, 8))
+    assert gpu.calls == [("load", "context of 1"), (b"silu_mul", "context of 1")] and not gpu.contexts
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_VALUE"):
+        kernels.compiled()[1]("silu_mul", (1, 70_000), 32)
+    assert not gpu.contexts
+
+
+def test_no_rows_and_many_rows_can_be_launched(gpu):
+    """A step of nothing but the middles of prompts samples nobody: its last layer has no rows."""
+    for rows in (0, 70_000):
+        x, low = torch.zeros(rows, 8), kernels.quantize(torch.ones(16, 128), 8)
+        column = torch.zeros(rows)
+        kernels.silu_mul(x)
+        kernels.add_norm(x, x, x[:1].flatten(), None, 1e-5)
+        kernels.sample(x, column, column, column, column, column)
+        assert kernels.linear(torch.zeros(rows, 128).bfloat16(), low).shape == (rows, 16)
+        kernels.paged_attention(torch.zeros(rows, 1, 16), *torch.zeros(2, 1, 1, 1, 16), torch.zeros(rows, 4).int(),
+                                column.int(), torch.arange(rows + 1).int(), 1.0)
+    assert {name for name, _ in gpu.calls} == {"load", b"silu_mul", b"add_norm", b"sample", b"paged_attention"}
+
+
+@needs_compiler
+def test_whole_numbers_as_scale_and_eps(monkeypatch):
+    """A kernel's float argument has to arrive as one, whatever Python has."""
+    monkeypatch.setattr(kernels, "use_cpp", False)
+    x = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    cache, q = torch.randn(2, 3, 4, 1, 16, generator=torch.Generator().manual_seed(1)), x.view(2, 1, 16)
+    tables = torch.tensor([[1], [2]]).int(), torch.tensor([4, 3]).int(), torch.arange(3).int()
+    for run in (lambda: kernels.add_norm(x, None, x[0].clone(), None, 1)[0],
+                lambda: kernels.paged_attention(q, *cache, *tables, 1)):
+        expected = run()
+        with cuda_on_cpu.enabled():
+            torch.testing.assert_close(run(), expected)
+
+
+@needs_compiler
+def test_a_split_of_nothing_but_nan_shows(monkeypatch):
+    """Keys that are NaN must reach the request's logits, or it would go on talking nonsense."""
+    monkeypatch.setattr(cuda_on_cpu.CudaOnCpu, "num_sms", 8)
+    cache, q = torch.ones(2, 65, 16, 1, 16), torch.ones(2, 1, 16)
+    tables = torch.arange(1, 65).view(1, 64).repeat(2, 1).int()
+    cache[0, 17:33] = torch.nan  # positions 256 to 511
+    with cuda_on_cpu.enabled():
+        out = kernels.paged_attention(q, *cache, tables, torch.tensor([1024, 256]).int(), torch.arange(3).int(), 0.25)
+    assert out[0].isnan().all() and (out[1] == 1).all()
 
 
 @needs_compiler
@@ -236,20 +382,42 @@ KERNELS = [("add_norm", {"N": 8}), ("silu_mul", {"N": 8}), ("rope_and_write_kv",
            *(("paged_attention", {"D": D, "R": R, "DECODE": R == 8}) for D in HEAD_SIZES for R in (8, 16))]
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_nvrtc_compiles_every_kernel(arch, monkeypatch, tmp_path):
+@pytest.fixture
+def nvrtc():
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="no NVRTC here")
     try:
         nvrtc.nvrtcVersion()
     except RuntimeError as error:
         pytest.skip(f"no NVRTC here: {error}")
+
+
+def test_what_the_cache_folder_does_not_keep_is_compiled_again(nvrtc, monkeypatch, tmp_path):
+    """Code that was cut off or overwritten; a folder that can not be made."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name, constants in KERNELS:
-        source = kernels.cuda_source(name, "bf16", **{key: int(value) for key, value in constants.items()})
+    source = kernels.cuda_source("silu_mul", "float", N=1)
+    code = kernels.nvrtc_compile(source, "sm_80")
+    (kept,) = tmp_path.glob("nanoserve/*")
+    for damage in (b"", code[:100], b"x" + kept.read_bytes()[1:]):
+        kept.write_bytes(damage)
+        assert kernels.nvrtc_compile(source, "sm_80") == code
+        assert kept.read_bytes().startswith(code)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert kernels.nvrtc_compile(source, "sm_80") == code
+    assert list((tmp_path / "nanoserve").iterdir()) == [kept]
+
+
+@pytest.mark.parametrize("arch, element", [("sm_80", "bf16"), ("sm_90", "bf16"), ("sm_90", "fp16"), ("sm_90", "float")])
+def test_nvrtc_compiles_every_kernel(arch, element, nvrtc, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled = [(name, constants) for name, constants in KERNELS
+                if element != "float" or name != "low_bit_linear" and constants.get("R") != 16]
+    for name, constants in compiled:
+        source = kernels.cuda_source(name, element, **{key: int(value) for key, value in constants.items()})
         code = kernels.nvrtc_compile(source, arch)
         assert code.startswith(b"\x7fELF") and name.encode() in code
         assert kernels.nvrtc_compile(source, arch) == code  # from the cache folder
-    assert len(list(tmp_path.glob(f"nanoserve/cuda-{arch}-*.cubin"))) == len(KERNELS)
+    assert len(list(tmp_path.glob(f"nanoserve/cuda-{arch}-*.cubin"))) == len(compiled)
     with pytest.raises(RuntimeError, match="nonsense"):
         kernels.nvrtc_compile(kernels.CUDA["prelude"] + "nonsense;", arch)
 

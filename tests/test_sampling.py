@@ -22,7 +22,7 @@ from nanoserve import GPT, ModelConfig, SamplingParams
 sys.path.insert(0, str(Path(__file__).parent.parent / "tutorial"))
 import cuda_on_cpu  # noqa: E402
 
-INF = math.inf
+INF, SAMPLE = math.inf, kernels.sample
 
 
 def columns(settings):
@@ -143,11 +143,15 @@ def test_large_logits_do_not_overflow():
 # ---- drawing from it ----
 
 
-@pytest.fixture(params=["torch", "cpp", "cuda"])
+@pytest.fixture(params=["torch", "cpp", "cuda", pytest.param("gpu", marks=pytest.mark.gpu)])
 def body(request, monkeypatch):
-    """Draw with each of the bodies; the CUDA one runs on the CPU."""
+    """Draw with each of the bodies; the CUDA one runs on the CPU, with `-m gpu` also on a GPU."""
     monkeypatch.setattr(kernels, "use_cpp", request.param == "cpp")
-    if request.param != "torch" and not cuda_on_cpu.compiler():
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU here")
+        monkeypatch.setattr(kernels, "sample", lambda *args: SAMPLE(*(arg.cuda() for arg in args)).cpu())
+    elif request.param != "torch" and not cuda_on_cpu.compiler():
         pytest.skip("no C++ compiler here")
     with cuda_on_cpu.enabled() if request.param == "cuda" else nullcontext():
         yield request.param
@@ -187,6 +191,13 @@ def test_the_noise_is_where_the_token_lies(body):
     logits = torch.tensor([[0.25, 0.25, 0.5]]).log().expand(6, -1)
     u = torch.tensor([0.0, 0.2, 0.3, 0.49, 0.51, 0.999], dtype=torch.float64)
     assert kernels.sample(logits, *columns([(1.0, 0, 1.0, 0.0)] * 6), u).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_probability_that_rounds_to_zero_is_zero(body):
+    """Also where the noise is: at the very start, before a token that nothing would ever draw."""
+    logits = torch.tensor([[-500.0, 0.0, -500.0], [-95.0 * 1e3, 0.0, 0.0]])
+    columns_ = columns([(1.0, 0, 1.0, 0.0), (1e-3, 3, 0.9, 0.0)])
+    assert kernels.sample(logits, *columns_, torch.zeros(2, dtype=torch.float64)).tolist() == [1, 1]
 
 
 def test_temperature_zero_is_argmax_row_by_row(body):
@@ -233,7 +244,7 @@ def test_the_bodies_draw_the_same(V, dtype, body, monkeypatch):
         with monkeypatch.context() as context:
             context.setattr(kernels, "use_cpp", False)
             context.setattr(kernels, "cuda_on_cpu", None)
-            assert torch.equal(drawn, kernels.sample(*arguments))
+            assert torch.equal(drawn, SAMPLE(*arguments))
 
 
 def test_noise_is_uniform_and_uncorrelated():

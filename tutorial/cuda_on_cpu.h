@@ -2,14 +2,16 @@
 //
 // A kernel is compiled as ordinary C++ with this header in front of it. The threads of a block become coroutines on one
 // operating system thread, each with a stack of its own; they take turns, and change over only where CUDA lets threads
-// meet: at __syncthreads() and at the operations of a warp (shuffles, votes, matrix instructions). Blocks run one after
-// the other. So a run is deterministic, and printf and breakpoints work as in any program.
+// meet: at __syncthreads() and at the operations of a warp (shuffles, votes, matrix instructions). A warp runs until all
+// of it waits at a barrier before the next one gets its turn: that warps keep in step is nothing a GPU promises. Blocks
+// run one after the other. So a run is deterministic, and printf and breakpoints work as in any program.
 //
 // What a GPU leaves undefined is made visible where that is cheap:
-//   * lanes of a warp that meet at different operations, or a barrier that some thread never reaches: an error
-//   * a vector load or store that is not aligned to its size: an error
+//   * lanes of a warp that meet at different operations (or lines), or with a mask that is not all of them: an error
+//   * a barrier that some thread of the block never reaches, or passes on another line: an error
+//   * a vector load or store that is not aligned to its size, or outside of the tensors that the kernel was given: an error
 //   * shared memory that is read before it is written: it starts as NaN in every block
-//   * a missing __syncthreads(): thread order can be reversed, which must not change any result
+//   * a missing __syncthreads(): the order of lanes and of warps can be reversed, which must not change any result
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -62,6 +64,9 @@ static jmp_buf scheduler;
 static ucontext_t main_context;
 static dim3 block_index, block_dim, grid_dim;
 static std::string error;
+struct Tensor { const char *begin, *end; };
+static const Tensor* tensors;  // that were passed to the kernel
+static size_t num_tensors;
 static void (*body)(void**);
 static void** arguments;
 
@@ -80,6 +85,7 @@ static void wait(State state, const char* where) {
 static void entry() {
     body(arguments);
     current->state = DONE;
+    current->where = "its start or end";
     _longjmp(scheduler, 1);
 }
 
@@ -101,7 +107,8 @@ static bool run_block(bool reverse) {
     volatile int n = int(threads.size()), progress = 1;
     while (progress) {
         progress = 0;
-        for (volatile int w = 0; w < n; w += WARP) {
+        for (volatile int turn = 0; turn < n; turn += WARP) {
+            volatile int w = reverse ? n - WARP - turn : turn;
             for (volatile int i = 0; i < WARP; i++) {
                 Thread& t = threads[w + (reverse ? WARP - 1 - i : i)];
                 if (t.state != READY) continue;
@@ -123,29 +130,34 @@ static bool run_block(bool reverse) {
             }
             if (at_warp < WARP) return false;
             for (int i = 0; i < WARP; i++) threads[w + i].state = READY;
-            progress = 1;
+            turn -= WARP;  // the same warp again
         }
-        bool all = true, any = false;
-        for (Thread& t : threads) {
-            all = all && (t.state == AT_BLOCK || t.state == DONE);
-            any = any || t.state == AT_BLOCK;
+        for (Thread& t : threads) {  // each is now at a barrier, or done
+            if (t.state != threads[0].state || strcmp(t.where, threads[0].where)) {
+                error = "not all threads meet at a barrier; thread 0 is at " + std::string(threads[0].where) + ", thread "
+                      + std::to_string(t.index.x) + " at " + t.where;
+                return false;
+            }
         }
-        if (all && any) {
+        if (threads[0].state == AT_BLOCK) {
             progress = 1;
-            for (Thread& t : threads)
-                if (t.state == AT_BLOCK) t.state = READY;
+            for (Thread& t : threads) t.state = READY;
         }
     }
     return true;
 }
 
-static const char* launch(void (*kernel)(void**), dim3 grid, dim3 block, void** args, bool reverse) {
+static const char* launch(void (*kernel)(void**), dim3 grid, dim3 block, void** args, const void* given, size_t num_given,
+                          bool reverse) {
     body = kernel;
+    tensors = (const Tensor*)given;
+    num_tensors = num_given;
     arguments = args;
     grid_dim = grid;
     block_dim = block;
     error.clear();
-    if (block.y != 1 || block.z != 1 || block.x % WARP || block.x > 1024 || grid.y > 65535 || grid.z > 65535)
+    if (block.y != 1 || block.z != 1 || block.x == 0 || block.x % WARP || block.x > 1024
+        || !grid.x || !grid.y || !grid.z || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535)
         return "this launch is not one that cuda_on_cpu.h (or CUDA) can do";
     threads.resize(block.x);
     for (unsigned z = 0; z < grid.z; z++)
@@ -177,7 +189,8 @@ struct Meeting {
     V lane(int i) const { V v; memcpy(&v, warp[i].slot[parity], sizeof v); return v; }
 };
 template <class V>
-static Meeting<V> meet(const char* name, const V& mine) {
+static Meeting<V> meet(const char* name, const V& mine, unsigned mask = ~0u) {
+    if (mask != ~0u) fail(std::string(name) + ": only masks of all lanes are possible here");
     static_assert(sizeof(V) <= SLOT, "a lane brings at most SLOT bytes");
     Thread* t = current;
     unsigned parity = t->turn++ % 2;
@@ -189,7 +202,9 @@ static Meeting<V> meet(const char* name, const V& mine) {
 static int lane_id() { return current->index.x % WARP; }
 
 template <class V>
-static void check_aligned(const V* p) {
+static void check_access(const V* p) {
+    auto inside = [&](const Tensor& t) { return (const char*)p >= t.begin && (const char*)(p + 1) <= t.end; };
+    if (std::none_of(tensors, tensors + num_tensors, inside)) fail("a vector access outside of the tensors");
     if (uintptr_t(p) % alignof(V)) fail("a vector access is not aligned to " + std::to_string(alignof(V)) + " bytes");
 }
 
@@ -208,22 +223,35 @@ static void apply(void (*kernel)(A...), void** args) { apply(kernel, args, std::
 #define blockDim cuda::block_dim
 #define gridDim cuda::grid_dim
 
-static inline void __syncthreads() { cuda::wait(cuda::AT_BLOCK, "__syncthreads"); }
-static inline void __syncwarp() { cuda::meet("__syncwarp", 0); }
-template <class V> static V __shfl_sync(unsigned, V v, int lane) { return cuda::meet("__shfl_sync", v).lane(lane % 32); }
-template <class V> static V __shfl_xor_sync(unsigned, V v, int mask) {
-    return cuda::meet("__shfl_xor_sync", v).lane(cuda::lane_id() ^ mask);
+// Where threads meet is known by name and line: two shuffles in two branches are two places.
+#define CUDA_TEXT(x) #x
+#define CUDA_LINE(x) CUDA_TEXT(x)
+#define CUDA_HERE(name) #name ", line " CUDA_LINE(__LINE__)
+#define __syncthreads() cuda::wait(cuda::AT_BLOCK, CUDA_HERE(__syncthreads))
+#define __syncwarp() cuda::meet(CUDA_HERE(__syncwarp), 0)
+#define __shfl_sync(...) cuda::shuffle(CUDA_HERE(__shfl_sync), __VA_ARGS__)
+#define __shfl_xor_sync(...) cuda::shuffle_xor(CUDA_HERE(__shfl_xor_sync), __VA_ARGS__)
+#define __shfl_up_sync(...) cuda::shuffle_up(CUDA_HERE(__shfl_up_sync), __VA_ARGS__)
+#define __ballot_sync(...) cuda::ballot(CUDA_HERE(__ballot_sync), __VA_ARGS__)
+
+namespace cuda {
+template <class V> static V shuffle(const char* here, unsigned mask, V v, int lane) {
+    return meet(here, v, mask).lane(lane & 31);
 }
-template <class V> static V __shfl_up_sync(unsigned, V v, int delta) {
-    auto all = cuda::meet("__shfl_up_sync", v);
-    return all.lane(cuda::lane_id() < delta ? cuda::lane_id() : cuda::lane_id() - delta);
+template <class V> static V shuffle_xor(const char* here, unsigned mask, V v, int bits) {
+    return meet(here, v, mask).lane((lane_id() ^ bits) & 31);
 }
-static inline unsigned __ballot_sync(unsigned, bool v) {
-    auto all = cuda::meet("__ballot_sync", v);
+template <class V> static V shuffle_up(const char* here, unsigned mask, V v, int delta) {
+    auto all = meet(here, v, mask);
+    return all.lane(lane_id() < delta ? lane_id() : lane_id() - delta);
+}
+static inline unsigned ballot(const char* here, unsigned mask, bool v) {
+    auto all = meet(here, v, mask);
     unsigned bits = 0;
     for (int i = 0; i < 32; i++) bits |= unsigned(all.lane(i)) << i;
     return bits;
 }
+}  // namespace cuda
 
 template <class V> static V atomicAdd(V* p, V v) { V old = *p; *p = old + v; return old; }  // nobody else runs meanwhile
 

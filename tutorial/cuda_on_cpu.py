@@ -43,12 +43,15 @@ class CudaOnCpu:
 
     def __call__(self, name: str, grid: tuple, block: int, *args, **constants) -> None:
         """Run kernel `name`. RuntimeError says what it did that it must not, and which thread of which block."""
+        if not all(grid):  # as in `kernels.CudaKernels`
+            return
         launch = library(kernels.cuda_source(name, self.element, **constants), name)
         guards = {arg.data_ptr(): Guarded(arg) for arg in args if isinstance(arg, torch.Tensor)}
         args = [guards[arg.data_ptr()].copy if isinstance(arg, torch.Tensor) else arg for arg in args]
         pointers, _values = kernels.kernel_arguments(args)
         sizes = (ctypes.c_uint * 4)(*grid, *(1,) * (3 - len(grid)), block)
-        error = launch(sizes, pointers, self.reverse)
+        ends = [end for guard in guards.values() for end in (guard.copy.data_ptr(), guard.copy.data_ptr() + guard.size)]
+        error = launch(sizes, pointers, (ctypes.c_void_p * len(ends))(*ends), len(guards), self.reverse)
         if error:
             raise RuntimeError(f"{name}: {error.decode()}")
         for i, guard in enumerate(guards.values()):
@@ -57,7 +60,10 @@ class CudaOnCpu:
 
 
 class Guarded:
-    """A copy of a tensor between margins of NaN: who reads past its ends gets NaN, who writes there is found out."""
+    """A copy of a tensor between margins of NaN: who reads past its ends gets NaN, who writes there is found out.
+
+    It begins as far from a multiple of 64 bytes as the tensor does, so that a view that is not aligned stays one.
+    """
 
     MARGIN = 1024  # bytes
 
@@ -66,7 +72,8 @@ class Guarded:
         span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
         self.original = tensor.as_strided((span,), (1,)).view(torch.uint8)
         self.size = len(self.original)
-        self.buffer = torch.full((self.size + 2 * self.MARGIN,), 0xFF, dtype=torch.uint8)
+        buffer = torch.full((self.size + 2 * self.MARGIN + 64,), 0xFF, dtype=torch.uint8)
+        self.buffer = buffer[(tensor.data_ptr() - buffer.data_ptr()) % 64 :]
         self.copy = self.buffer[self.MARGIN : self.MARGIN + self.size]
         self.copy.copy_(self.original)
 
@@ -81,8 +88,9 @@ def library(source: str, name: str):
     """Compile one kernel, and return the function that launches it: (sizes, arguments, reverse) -> error or None."""
     source = f"""#include "{HEADER.name}"
 {source}
-extern "C" const char* launch(const unsigned* n, void** args, bool reverse) {{
-    return cuda::launch([](void** a) {{ cuda::apply({name}, a); }}, {{n[0], n[1], n[2]}}, {{n[3], 1, 1}}, args, reverse);
+extern "C" const char* launch(const unsigned* n, void** args, const void* tensors, size_t num_tensors, bool reverse) {{
+    return cuda::launch([](void** a) {{ cuda::apply({name}, a); }}, {{n[0], n[1], n[2]}}, {{n[3], 1, 1}}, args, tensors,
+                        num_tensors, reverse);
 }}
 """
     # No fused multiply-add here: results should not depend on the machine that the tests run on.
@@ -99,7 +107,8 @@ extern "C" const char* launch(const unsigned* n, void** args, bool reverse) {{
                 raise RuntimeError(f"{name}: {done.stderr}")
             built.replace(target)
     launch = ctypes.CDLL(str(target)).launch
-    launch.argtypes, launch.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_bool], ctypes.c_char_p
+    launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_bool]
+    launch.restype = ctypes.c_char_p
     return launch
 
 
