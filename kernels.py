@@ -373,7 +373,7 @@ def _paged_attention_cuda(cuda, q, k_cache, v_cache, block_tables, context_lens,
     cuda("paged_attention", (tiles, kv_heads, splits), 128, q, k_cache, v_cache, block_tables, context_lens, query_start,
          out, sums, stats, B, M, block_size, T, heads, kv_heads, q.stride(0), window, float(scale), **constants)
     if splits > 1:
-        cuda("combine_splits", (-(-T * heads // 4),), 128, sums, stats, out, T * heads, splits, **constants)
+        cuda("combine_splits", (T * heads,), 256, sums, stats, out, T * heads, splits, **constants)
     return out
 
 
@@ -1319,7 +1319,7 @@ extern "C" __global__ void silu_mul(const T* gate_up, T* out, int cols) {
     Vec<T, N> gate = load<T, N>(gates), up = load<T, N>(gates + cols);
     for (int j = 0; j < N; j++) {
         float x = to_float(gate.at[j]);
-        put(&up.at[j], x / (1 + __expf(-x)) * to_float(up.at[j]));
+        put(&up.at[j], x / (1 + expf(-x)) * to_float(up.at[j]));
     }
     store<T, N>(out + (long long)blockIdx.x * cols + i, up);
 }
@@ -1564,21 +1564,30 @@ paged_attention(const T* q, const T* k_cache, const T* v_cache, const int* block
     }
 }
 
-// Adds up the splits. Grid (four rows), a warp for each (token, head).
+// Adds up the splits. Grid (row) of 8 warps, a row being a (token, head): each warp takes every eighth split, because one
+// after the other they would all wait for memory.
 extern "C" __global__ void combine_splits(const float* sums, const float2* stats, T* out, int rows, int splits) {
-    int row = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (row >= rows) return;
-    float m = -INFINITY, l = 0;
-    for (int s = 0; s < splits; s++) m = fmaxf(m, stats[(long long)s * rows + row].x);
-    float acc[(D + 31) / 32] = {};
-    for (int s = 0; s < splits; s++) {
+    constexpr int ADDERS = 8;
+    __shared__ float warp_out[ADDERS][D], warp_total[ADDERS];
+    const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float m = -INFINITY, l = 0, acc[(D + 31) / 32] = {};
+    for (int s = lane; s < splits; s += 32) m = fmaxf(m, stats[(long long)s * rows + row].x);
+    for (int i = 16; i; i /= 2) m = fmaxf(m, __shfl_xor_sync(ALL, m, i));
+    for (int s = warp; s < splits; s += ADDERS) {
         float2 of_split = stats[(long long)s * rows + row];
         if (of_split.y == 0) continue;  // it saw no key, and wrote no sums
         float factor = exp2f(of_split.x - m);
         l += of_split.y * factor;
         for (int i = 0, d = lane; d < D; i++, d += 32) acc[i] += sums[((long long)s * rows + row) * D + d] * factor;
     }
-    for (int i = 0, d = lane; d < D; i++, d += 32) put(&out[(long long)row * D + d], acc[i] / l);
+    for (int i = 0, d = lane; d < D; i++, d += 32) warp_out[warp][d] = acc[i];
+    if (lane == 0) warp_total[warp] = l;
+    __syncthreads();
+    for (int d = threadIdx.x; d < D; d += 32 * ADDERS) {
+        float sum = 0, total = 0;
+        for (int w = 0; w < ADDERS; w++) sum += warp_out[w][d], total += warp_total[w];
+        put(&out[(long long)row * D + d], sum / total);
+    }
 }
 """
 
@@ -1604,8 +1613,11 @@ __device__ float base(fp16) { return 1024; }
 // The i-th of the pairs that a lane's 16 bytes hold.
 __device__ unsigned widen(const Vec<unsigned, 4>& codes, int i, float scale) {
     if (BITS == 8) {
-        unsigned two = codes.at[i / 2] >> (i % 2 * 16);
-        return make_pair(T(), (float)(signed char)two, (float)(signed char)(two >> 8));
+        // A byte as the last of a float's bits between 2^23 and 2^24, where floats are one apart: quicker than a conversion.
+        unsigned bytes = codes.at[i / 2] ^ 0x80808080;
+        float x = __uint_as_float(__byte_perm(bytes, 0x4b000000, 0x7540 + i % 2 * 2)) - 8388736.f;
+        float y = __uint_as_float(__byte_perm(bytes, 0x4b000000, 0x7541 + i % 2 * 2)) - 8388736.f;
+        return make_pair(T(), x, y);
     }
     unsigned pair = (codes.at[i / 4] >> (i % 4 * 4) & 0x000f000f) | base_bits(T());
     return fma2(T(), fma2(T(), pair, twice(1), twice(-base(T()) - 8)), twice(scale), twice(-0.f));
@@ -1616,7 +1628,7 @@ low_bit_linear(const T* x, const void* codes, const bf16* scales, T* out, int ro
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
     const int o = blockIdx.x * 16, r = blockIdx.y * 8;
     float acc[4] = {};  // (output g; rows 2c, 2c + 1), (output g + 8; rows 2c, 2c + 1)
-    #pragma unroll 2
+    #pragma unroll 4  // loads under way before the first is waited for
     for (int k = (4 * warp + c) * PER_LANE; k < inputs; k += 4 * WARPS * PER_LANE) {
         Vec<unsigned, 4> w[2];
         float scale[2];
@@ -1652,10 +1664,9 @@ CUDA["sample"] = r"""
 // One token per row of logits: temperature, top-k, top-p, min-p, then the token where the cumulative probability passes
 // the row's noise; temperature 0: the most likely one.
 //
-// Grid (row), 1,024 threads. A row is read once for its maximum, up to four times each for the limits of top-k and top-p,
+// Grid (row), 1,024 threads. A row is read once for its maximum, up to eight times each for the limits of top-k and top-p,
 // and twice to draw; 150,000 logits of a row stay in the L2 cache meanwhile. Nothing is sorted. All filters come down to a
-// least logit that is kept, and a histogram of the digits of the logits finds it: first of the highest eight bits, then of
-// the next eight among those that agree with it in the first, and so on.
+// least logit that is kept, which `reach` finds.
 // Probabilities are integers, in units of 2^-40 of the largest: integer sums are the same in any order, so a row's token
 // does not depend on which thread was faster.
 // Left open: T.
@@ -1690,32 +1701,43 @@ struct Row {
     __device__ unsigned depth(int i) const {
         return __float_as_uint(fmaxf((largest - to_float(logits[i])) / temperature, 0.f));
     }
-    __device__ static u64 mass(unsigned depth) { return (u64)(__expf(-__uint_as_float(depth)) * 1099511627776.f); }
+    __device__ static u64 mass(unsigned depth) { return (u64)(expf(-__uint_as_float(depth)) * 1099511627776.f); }
 };
 
-// The least depth such that the entries up to it, of those within `limit`, add up to `need`. weighted: their masses,
-// else their number. If all together do not: `limit`.
+// The least depth such that the entries up to it, of those within `limit`, add up to `need`. weighted: their masses, else
+// their number. If all together do not: `limit`. It is found four bits at a time, the highest first: of those that agree
+// in the bits found so far, each thread adds up how many have at most 0, 1, .. 15 in the next. Sixteen sums in registers
+// are cheaper than a histogram in shared memory, where most logits would fight for the same few entries.
 __device__ unsigned reach(const Row& r, u64 need, unsigned limit, bool weighted) {
-    __shared__ u64 histogram[256];
-    __shared__ unsigned found;
+    __shared__ u64 of_warp[32][16];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     unsigned prefix = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        for (int i = threadIdx.x; i < 256; i += blockDim.x) histogram[i] = 0;
-        if (threadIdx.x == 0) found = 256;
-        __syncthreads();
+    for (int shift = 28; shift >= 0; shift -= 4) {
+        u64 upto[16] = {};
         for (int i = threadIdx.x; i < r.V; i += blockDim.x) {
             unsigned d = r.depth(i);
-            if (d <= limit && (shift == 24 || d >> (shift + 8) == prefix))
-                atomicAdd(&histogram[d >> shift & 255], weighted ? Row::mass(d) : 1ull);
+            if (d > limit || (shift < 28 && d >> (shift + 4) != prefix)) continue;
+            u64 weight = weighted ? Row::mass(d) : 1ull;
+            #pragma unroll
+            for (unsigned digit = 0; digit < 16; digit++) upto[digit] += (d >> shift & 15) <= digit ? weight : 0;
+        }
+        __syncthreads();  // whoever still reads the last sums
+        #pragma unroll
+        for (int digit = 0; digit < 16; digit++) {
+            for (int i = 16; i; i /= 2) upto[digit] += __shfl_xor_sync(ALL, upto[digit], i);
+            if (lane == 0) of_warp[warp][digit] = upto[digit];
         }
         __syncthreads();
-        u64 all, here = threadIdx.x < 256 ? histogram[threadIdx.x] : 0, before = prefix_sum(here, &all);
-        if (before < need && need <= before + here) found = threadIdx.x, histogram[0] = before;
-        __syncthreads();
-        if (found == 256) return limit;
-        prefix = prefix << 8 | found;
-        need -= histogram[0];
-        __syncthreads();
+        u64 before = 0, sum = 0;
+        unsigned digit = 0;
+        for (;; digit++, before = sum) {
+            if (digit == 16) return limit;
+            sum = 0;
+            for (int w = 0; w < warps; w++) sum += of_warp[w][digit];
+            if (sum >= need) break;
+        }
+        prefix = prefix << 4 | digit;
+        need -= before;
     }
     return prefix;
 }

@@ -238,6 +238,7 @@ class Batch:
     context_lens: torch.Tensor  # [B] int32
     query_start: torch.Tensor  # [B+1] int32
     rows: torch.Tensor  # [S] int64, the rows of the batch whose logits are wanted
+    is_decode: bool = False  # every request has one token, and its logits are wanted
 
 
 @dataclass
@@ -806,6 +807,58 @@ class Output:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class DecodeGraphs:
+    """The forward pass of a decode step, captured once for each of some batch sizes: a replay is one launch, not hundreds.
+
+    A graph reads its inputs from where they lay when it was captured, so a batch is copied there; one of fewer requests
+    than the graph has rows is padded with rows that write into the scratch block and see only themselves. All graphs share
+    one pool of memory, the largest captured first, as no two run at once. Survey A VI.C · B 3.2.5.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache, max_requests: int, max_blocks: int):
+        sizes = {1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, max_requests, 128), max_requests}
+        self.sizes = sorted(size for size in sizes if size <= max_requests)
+
+        def ints(*shape, dtype=torch.int64):
+            return torch.full(shape, SCRATCH, dtype=dtype, device=model.device)
+
+        n = max_requests
+        self.batch = Batch(ints(n), ints(n), ints(n), ints(n, max_blocks, dtype=torch.int32),
+                           torch.ones(n, dtype=torch.int32, device=model.device),
+                           torch.arange(n + 1, dtype=torch.int32, device=model.device),
+                           torch.arange(n, device=model.device))
+        self.model, self.cache, self.pool, self.graphs = model, cache, None, {}
+        for size in reversed(self.sizes):
+            b = self.batch
+            rows = Batch(b.tokens[:size], b.positions[:size], b.slots[:size], b.block_tables[:size], b.context_lens[:size],
+                         b.query_start[: size + 1], b.rows[:size])
+            model.forward(rows, cache)  # what is compiled or allocated at first use must not be captured
+            self.graphs[size] = self._capture(rows)
+
+    def _capture(self, rows):
+        """What replays the forward pass of these rows, and where their logits then are."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.model.device)
+        with torch.cuda.graph(graph, pool=self.pool):
+            logits = self.model.forward(rows, self.cache)
+        self.pool = graph.pool()
+        return graph.replay, logits
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """As GPT.forward, for a batch that `is_decode`. The logits [n, V] are overwritten by the next call."""
+        n, width = batch.block_tables.shape
+        size, to = next(size for size in self.sizes if size >= n), self.batch
+        for name, padding in (("tokens", 0), ("positions", 0), ("slots", SCRATCH), ("context_lens", 1)):
+            getattr(to, name)[:n] = getattr(batch, name)
+            getattr(to, name)[n:size] = padding
+        to.block_tables[:n, :width] = batch.block_tables
+        to.block_tables[n:size, 0] = SCRATCH  # all that a context of one token looks at
+        replay, logits = self.graphs[size]
+        replay()
+        return logits[:n]
+
+
 class LLM:
     """A model, its cache and its queue. `generate` and `stream` are loops around `step`.
 
@@ -815,13 +868,14 @@ class LLM:
     kv_memory: bytes for the KV cache, or a fraction of the free memory below 1; None: 0.85 on a GPU, 1 GiB elsewhere
     max_batch_tokens: the token budget of a step; max_batch_requests: how many requests run at once (256, or the budget)
     policy: "fcfs", "priority", "shortest", or a function of a Request whose smallest value goes first
+    graphs: on a GPU, capture the decode step once per batch size and replay it (not with experts)
     """
 
     def __init__(self, model: str | os.PathLike | GPT | None = None, *, device: str = "auto", dtype: str = "auto",
                  quantize: str | None = None, kv_memory: float | int | None = None, block_size: int = 16,
                  max_batch_tokens: int | None = None, max_batch_requests: int | None = None,
                  max_model_len: int | None = None, policy: str | Callable[[Request], object] = "fcfs",
-                 prefix_caching: bool = True, seed: int = 0):
+                 prefix_caching: bool = True, graphs: bool = True, seed: int = 0):
         for name, value in (("block_size", block_size), ("max_batch_tokens", max_batch_tokens),
                             ("max_batch_requests", max_batch_requests), ("max_model_len", max_model_len)):
             if value is not None and (type(value) is not int or value < 1):
@@ -852,6 +906,9 @@ class LLM:
                                  self.model.dtype, self.device)
         except (RuntimeError, MemoryError):
             raise ValueError(f"kv_memory: there is no room for {num_blocks:,} blocks; lower kv_memory") from None
+        self.graphs = None
+        if graphs and self.device.type == "cuda" and kernels.compiled(self.model.embed)[1] and not config.num_experts:
+            self.graphs = DecodeGraphs(self.model, self.cache, max_batch_requests, self.pool.blocks_for(self.max_model_len))
         self._random = random.Random(seed)
         self._plan: list[tuple[Request, int]] = []  # of the step under way, or the last one
         self._counts = dict.fromkeys(("steps", "forward_passes", "computed_tokens", "prompt_tokens", "output_tokens",
@@ -893,7 +950,8 @@ class LLM:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         cpp, cuda = kernels.compiled(self.model.embed)
         threads = f"{torch.get_num_threads()} threads, " if self.device.type == "cpu" else ""
-        device += f" ({threads}{'C++' if cpp else 'CUDA C++' if cuda else 'PyTorch'} kernels)"
+        graphs = ", decode graphs" if self.graphs else ""
+        device += f" ({threads}{'C++' if cpp else 'CUDA C++' if cuda else 'PyTorch'} kernels{graphs})"
         dtype = (f"{self.model.quantize} weights, " if self.model.quantize else "") + str(self.model.dtype)[6:]
         return (f"{c.family}, {self.model.num_parameters / 1e6:,.1f}M parameters, {dtype} on {device}, "
                 f"{self.pool.num_usable:,} KV blocks of {self.pool.block_size} tokens ({gib:.2f} GiB), at most "
@@ -1035,7 +1093,8 @@ class LLM:
         if not plan:
             return []
         batch, samplers, prompt_rows = self.pack(plan)
-        logits = self.model.forward(batch, self.cache)
+        replay = self.graphs is not None and batch.is_decode
+        logits = self.graphs.forward(batch) if replay else self.model.forward(batch, self.cache)
         self._counts["steps"] += 1
         self._counts["forward_passes"] += 1
         self._counts["computed_tokens"] += len(batch.tokens)
@@ -1087,11 +1146,13 @@ class LLM:
         size = self.pool.block_size
         slots = tables[owner, positions // size].astype(np.int64) * size + positions % size
 
-        def put(array, dtype):
-            return torch.from_numpy(np.asarray(array, dtype=dtype)).to(self.device)
-
-        batch = Batch(put(tokens, np.int64), put(positions, np.int64), put(slots, np.int64), put(tables, np.int32),
-                      put(computed + counts, np.int32), put(query_start, np.int32), put(rows, np.int64))
+        parts = [tokens, positions, slots, rows, computed + counts, query_start, tables.ravel()]
+        packed = torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int32) for part in parts]))
+        if self.device.type == "cuda":
+            packed = packed.pin_memory()  # so that nobody waits for the one copy of this step
+        packed = packed.to(self.device, non_blocking=True).split([len(part) for part in parts])
+        batch = Batch(*(part.long() for part in packed[:3]), packed[6].view(tables.shape), *packed[4:6], packed[3].long(),
+                      is_decode=len(tokens) == len(plan) and rows == list(range(len(tokens))))
         return batch, [whose for _, whose in sampled], [whose for _, whose in prompted]
 
     def sample(self, samplers: list[tuple[Request, int]], logits: torch.Tensor
@@ -2427,7 +2488,8 @@ def make_llm(args: argparse.Namespace, model=None, **more) -> LLM:
     where = {} if model else {"device": args.device, "dtype": args.dtype, "quantize": args.quantize}
     return LLM(model or args.model, **where, kv_memory=args.kv_memory,
                max_batch_tokens=args.max_batch_tokens, max_batch_requests=args.max_batch_requests,
-               max_model_len=args.max_model_len, seed=random.getrandbits(63) if args.seed is None else args.seed, **more)
+               max_model_len=args.max_model_len, graphs=not args.no_graphs,
+               seed=random.getrandbits(63) if args.seed is None else args.seed, **more)
 
 
 def sampling_from(args: argparse.Namespace) -> SamplingParams:
@@ -2481,6 +2543,7 @@ def parser_for(command: str) -> argparse.ArgumentParser:
     engine.add_argument("--max-batch-tokens", type=int, help="token budget of a step")
     engine.add_argument("--max-batch-requests", type=int, help="requests that run at once (256)")
     engine.add_argument("--max-model-len", type=int, help="longest prompt and output together")
+    engine.add_argument("--no-graphs", action="store_true", help="on a GPU: launch each kernel, for debugging")
     engine.add_argument("--seed", type=int, default=0 if command == "bench" else None, help="same seed, same text")
     if command == "bench":
         parser.add_argument("--shape", default="gpt2", choices=SHAPES, help="without --model: random weights (gpt2)")

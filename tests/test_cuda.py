@@ -12,13 +12,14 @@ import shutil
 import subprocess
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 import kernels
-from nanoserve import LLM, SamplingParams
+from nanoserve import LLM, DecodeGraphs, SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tutorial"))
 import cuda_on_cpu  # noqa: E402
@@ -139,6 +140,59 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU her
 @needs_gpu
 def test_a_gpu_gets_the_same_tokens():
     assert tell("cuda") == tell()
+
+
+def come_and_go(device, **options):
+    """Requests come and go, so that every batch size occurs. Tokens of all, and the engine."""
+    prompts = [[1, 5 + i, 7, 9 + i % 3] * (1 + i % 9) for i in range(40)]
+    # Sampled from a few tokens only: of hundreds, some draw would lie within float32's rounding of the next one.
+    params = [SamplingParams(max_tokens=3 + 7 * i % 40, ignore_eos=True, temperature=i % 2, top_k=3, seed=i)
+              for i in range(40)]
+    llm = LLM(device=device, dtype="float32", max_batch_requests=21, kv_memory=1 << 26, **options)
+    if device == "cpu" and options.get("graphs"):
+        llm.graphs = DecodeGraphs(llm.model, llm.cache, 21, llm.pool.blocks_for(llm.max_model_len))
+    return [out.token_ids for out in llm.generate(prompts, params)], llm
+
+
+def test_padded_batches_get_the_same_tokens(monkeypatch):
+    """All of decode graphs but the graph: what a replay would do is done again, on the CPU, over the same memory."""
+    sizes = Counter()
+
+    def capture(self, rows):
+        logits = self.model.forward(rows, self.cache).clone()
+
+        def replay():
+            sizes[len(rows.tokens)] += 1
+            logits.copy_(self.model.forward(rows, self.cache))
+
+        return replay, logits
+
+    monkeypatch.setattr(DecodeGraphs, "_capture", capture)
+    tokens, llm = come_and_go("cpu", graphs=True)
+    assert tokens == come_and_go("cpu", graphs=False)[0]
+    assert sorted(sizes) == llm.graphs.sizes == [1, 2, 4, 8, 16, 21]
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_graphs_on_and_off_agree():
+    (tokens, llm), (eager, other) = (come_and_go("cuda", graphs=graphs) for graphs in (True, False))
+    assert llm.graphs and not other.graphs
+    assert tokens == eager == come_and_go("cpu")[0]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("n", [1, 3, 5, 9, 13])
+def test_padded_rows_touch_only_the_scratch_block(n):
+    llm = LLM(device="cuda", dtype="float32", max_batch_requests=13, kv_memory=1 << 24)
+    for i in range(n):
+        llm.add_request([1, 6 + i, 8], SamplingParams(max_tokens=4, ignore_eos=True))
+    llm.step()
+    before, owned = llm.cache.data.clone(), {request.block_table[0] for request in llm.scheduler.running}
+    llm.step()
+    changed = (llm.cache.data != before).flatten(3).any(-1).any(0).any(0).nonzero().flatten().tolist()
+    assert set(changed) <= owned | {0} and set(changed) >= owned
 
 
 @pytest.mark.gpu

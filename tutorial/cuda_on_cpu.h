@@ -259,7 +259,6 @@ static inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); re
 static inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
 static inline int __ffs(unsigned u) { return __builtin_ffs(u); }
 static inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
-#define __expf(x) std::exp(x)
 static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     uint64_t both = uint64_t(y) << 32 | x;
     unsigned out = 0;
