@@ -48,11 +48,42 @@ cuda_on_cpu = None  # tutorial/cuda_on_cpu.py sets this, and the CUDA bodies the
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Reorder a [out, in] weight, once, into the blocked layout oneDNN multiplies from; unchanged where there is none.
+@dataclass
+class PanelWeight:
+    """A float32 weight [out, in] in panels of 32 outputs: panels [out / 32, in, 32], the last one filled up with zeros.
 
-    F.linear does this reordering inside every call, which at a few dozen rows costs as much as the product itself.
+    A panel is read from front to end, 32 products for each input, while memory already brings the next piece of it.
     """
+
+    panels: torch.Tensor
+    num_outputs: int
+    is_mkldnn = False
+
+    @classmethod
+    def pack(cls, weight: torch.Tensor) -> PanelWeight:
+        """From a [out, in] weight."""
+        outputs, inputs = weight.shape
+        whole, rest = divmod(outputs, 32)
+        panels = weight.new_zeros(whole + bool(rest), inputs, 32)
+        panels[:whole] = weight[: whole * 32].view(whole, 32, inputs).transpose(1, 2)
+        if rest:
+            panels[whole, :, :rest] = weight[whole * 32 :].T
+        return cls(panels, outputs)
+
+    def plain(self) -> torch.Tensor:
+        """The weight [out, in] again."""
+        return self.panels.transpose(1, 2).flatten(0, 1)[: self.num_outputs]
+
+
+def pack_weight(weight: torch.Tensor) -> torch.Tensor | PanelWeight:
+    """Reorder a [out, in] weight, once, into the layout that it is multiplied from; unchanged where there is none.
+
+    float32 on a CPU with AVX-512: panels, for our own product, which at up to a few dozen rows overlaps reading with
+    multiplying. Else on a CPU oneDNN's blocked layout; F.linear would do that reordering inside every call.
+    """
+    if (weight.device.type == "cpu" and weight.dtype == torch.float32 and compiled(weight)[0]
+            and torch.backends.cpu.get_cpu_capability() == "AVX512"):
+        return PanelWeight.pack(weight)
     if (weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
             and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
             and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())):
@@ -120,17 +151,28 @@ def quantize(weight: torch.Tensor, bits: int, group: int | None = None) -> LowBi
     return LowBitWeight(codes, scales)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor | LowBitWeight, bias: torch.Tensor | None = None, gelu: bool = False
-           ) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor | PanelWeight | LowBitWeight, bias: torch.Tensor | None = None,
+           gelu: bool = False) -> torch.Tensor:
     """x [T, in] times weight [out, in], transposed, plus bias [out]; then GELU (tanh form) if asked. Returns [T, out]."""
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "tanh" if gelu else "")
     if isinstance(weight, LowBitWeight):
         y = _low_bit_linear(x, weight)
         y = y if bias is None else y + bias
+    elif isinstance(weight, PanelWeight):
+        y = _panel_linear(x, weight, bias)
     else:
         y = F.linear(x, weight, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
+
+
+def _panel_linear(x, weight, bias):
+    cpp, _ = compiled(x, weight.panels, bias)
+    if not cpp:
+        return F.linear(x, weight.plain().to(x.dtype), bias)
+    x, out = x.contiguous(), x.new_empty(len(x), weight.num_outputs)
+    cpp("panel_linear", x, weight.panels, bias, out, *out.shape, x.shape[1])
+    return out
 
 
 def _low_bit_linear(x, weight):
@@ -518,6 +560,7 @@ class CppLibrary:
         "silu_mul": [_P] * 2 + [_I] * 2,
         "rope_and_write_kv": [_P] * 8 + [_I] * 4 + [_F],
         "paged_attention": [_P] * 7 + [_I] * 8 + [_F],
+        "panel_linear": [_P] * 4 + [_I] * 3,
         "low_bit_linear": [_P] * 4 + [_I] * 5,
         "sample": [_P] * 7 + [_I] * 3,
     }
@@ -736,6 +779,63 @@ extern "C" void rope_and_write_kv(T* qkv, const int64_t* positions, const int64_
             }
             const T* v = qkv + t * width + (heads + kv_heads) * D;
             std::copy(v, v + kv_heads * D, v_cache + slots[t] * kv_heads * D);
+        }
+    }
+}
+
+// ---- out = x W^T + bias, W in panels [outputs / 32, inputs, 32]. A tile is up to 14 rows by 32 outputs, sums in registers
+// (28 of AVX-512's 32). All tiles of a panel's next PIECE inputs are done before the piece after that is touched, so that
+// only the first reads from memory; meanwhile the tiles ask for that next piece, a cache line or so for each input.
+constexpr int PANEL = 2 * W, TILE = 14, PIECE = 256, MOST_ROWS = 4 * TILE;
+
+template <int R>
+static void tile(const T* x, int64_t inputs, const float* w, int64_t n, float* sums, const char* next, const char* end) {
+    vec acc[R][2];
+    for (int r = 0; r < R; r++) acc[r][0] = load(sums + r * PANEL), acc[r][1] = load(sums + r * PANEL + W);
+    for (int64_t k = 0; k < n; k++) {
+        vec w0 = load(w + k * PANEL), w1 = load(w + k * PANEL + W);
+        if (next < end) { __builtin_prefetch(next, 0, 2); next += 64; }
+        #pragma GCC unroll 14
+        for (int r = 0; r < R; r++) {
+            float v = to_float(x[r * inputs + k]);
+            acc[r][0] += v * w0;
+            acc[r][1] += v * w1;
+        }
+    }
+    for (int r = 0; r < R; r++) store(sums + r * PANEL, acc[r][0]), store(sums + r * PANEL + W, acc[r][1]);
+}
+extern "C" void panel_linear(const T* x, const float* panels, const T* bias, T* out, int64_t rows, int64_t outputs,
+                             int64_t inputs) {
+    static decltype(&tile<1>) const tiles[] = {
+        nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>, tile<9>, tile<10>, tile<11>,
+        tile<12>, tile<13>, tile<14>};
+    int64_t num_panels = (outputs + PANEL - 1) / PANEL;
+    #pragma omp parallel if (outputs * inputs > BIG)
+    {
+        std::vector<float> scratch(MOST_ROWS * PANEL);
+        float* sums = scratch.data();
+        for (int64_t row = 0; row < rows; row += MOST_ROWS) {
+            int64_t some = std::min<int64_t>(MOST_ROWS, rows - row), num_tiles = (some + TILE - 1) / TILE;
+            #pragma omp for schedule(static) nowait
+            for (int64_t p = 0; p < num_panels; p++) {
+                std::fill(sums, sums + some * PANEL, 0.f);
+                for (int64_t k = 0; k < inputs; k += PIECE) {
+                    int64_t n = std::min<int64_t>(PIECE, inputs - k);
+                    const float* w = panels + (p * inputs + k) * PANEL;
+                    const char* next = (const char*)(w + n * PANEL);  // of this panel, or the next one's first
+                    for (int64_t t = 0; t < num_tiles; t++) {
+                        int64_t r0 = some * t / num_tiles, r1 = some * (t + 1) / num_tiles, lines = n * 2;
+                        tiles[r1 - r0](x + (row + r0) * inputs + k, inputs, w, n, sums + r0 * PANEL,
+                                       next + lines * t / num_tiles * 64, next + lines * (t + 1) / num_tiles * 64);
+                    }
+                }
+                int64_t first = p * PANEL, count = std::min<int64_t>(PANEL, outputs - first);
+                for (int64_t r = 0; r < some; r++) {
+                    T* to = out + (row + r) * outputs + first;
+                    for (int64_t c = 0; c < count; c++)
+                        put(&to[c], sums[r * PANEL + c] + (bias ? to_float(bias[first + c]) : 0));
+                }
+            }
         }
     }
 }
