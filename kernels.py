@@ -57,7 +57,6 @@ class PanelWeight:
 
     panels: torch.Tensor
     num_outputs: int
-    is_mkldnn = False
 
     @classmethod
     def pack(cls, weight: torch.Tensor) -> PanelWeight:
@@ -102,7 +101,6 @@ class LowBitWeight:
 
     codes: torch.Tensor
     scales: torch.Tensor
-    is_mkldnn = False
 
     @property
     def bits(self) -> int:
@@ -123,8 +121,7 @@ class LowBitWeight:
         """The weight that this stands for, [out, in]."""
         codes = self.codes
         if self.bits == 4:
-            shifts = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32, device=codes.device)
-            codes = ((codes[..., None] >> shifts) & 15).flatten(1) - 8
+            codes = ((codes[..., None] >> _shifts(codes)) & 15).flatten(1) - 8
         grouped = codes.float().view(len(codes), self.scales.shape[1], -1)
         return (grouped * self.scales.float()[..., None]).flatten(1).to(dtype)
 
@@ -145,22 +142,27 @@ def quantize(weight: torch.Tensor, bits: int, group: int | None = None) -> LowBi
     scales = (grouped.abs().amax(-1) / most).clamp(min=1e-30).bfloat16()
     codes = (grouped / scales.float()[..., None]).round().clamp(-most, most).to(torch.int8).flatten(1)
     if bits == 4:
-        shifts = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], device=codes.device)
-        words = ((codes.long() + 8).view(len(codes), -1, 8) << shifts).sum(-1)
+        words = ((codes.long() + 8).view(len(codes), -1, 8) << _shifts(codes)).sum(-1)
         codes = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
     return LowBitWeight(codes, scales)
+
+
+def _shifts(codes):
+    """Where in its word each of eight codes lies. Computed on the device: a graph cannot capture a copy from the host."""
+    i = torch.arange(8, dtype=torch.int32, device=codes.device)
+    return i // 2 * 4 + i % 2 * 16
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor | PanelWeight | LowBitWeight, bias: torch.Tensor | None = None,
            gelu: bool = False) -> torch.Tensor:
     """x [T, in] times weight [out, in], transposed, plus bias [out]; then GELU (tanh form) if asked. Returns [T, out]."""
-    if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "tanh" if gelu else "")
     if isinstance(weight, LowBitWeight):
         y = _low_bit_linear(x, weight)
         y = y if bias is None else y + bias
     elif isinstance(weight, PanelWeight):
         y = _panel_linear(x, weight, bias)
+    elif weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "tanh" if gelu else "")
     else:
         y = F.linear(x, weight, bias)
     return F.gelu(y, approximate="tanh") if gelu else y

@@ -183,6 +183,17 @@ def test_graphs_on_and_off_agree():
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_low_bit_weights_can_be_captured(quantize):
+    """Beyond 64 rows they are widened, inside the graph; in bfloat16, as the kernel for few rows needs."""
+    llm = LLM(device="cuda", dtype="bfloat16", quantize=quantize, max_batch_requests=80, kv_memory=1 << 26)
+    assert max(llm.graphs.sizes) == 80
+    outputs = llm.generate([[1, 5 + i] for i in range(80)], SamplingParams(max_tokens=4, ignore_eos=True))
+    assert all(len(out.token_ids) == 4 for out in outputs)
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("n", [1, 3, 5, 9, 13])
 def test_padded_rows_touch_only_the_scratch_block(n):
     llm = LLM(device="cuda", dtype="float32", max_batch_requests=13, kv_memory=1 << 24)

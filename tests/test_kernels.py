@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 
@@ -276,7 +277,8 @@ def test_threads_do_not_change_results():
         table = kernels.rope_table({"rope_theta": 100.0}, 64, 90, "cpu")
         attended = Ragged(5, F32, [130, 7, 64], [130, 1, 20], 4, 2, 32, 16).run()
         q = kernels.rope_and_write_kv(qkv, 4, torch.arange(90), torch.arange(90), table, None, None, 1e-6, *caches)
-        return *kernels.add_norm(x, x * 2, x[0], x[1], 1e-6), kernels.silu_mul(x), q, *caches, attended
+        product = kernels.linear(x, kernels.pack_weight(randn(3, 300, 512, dtype=F32)))
+        return *kernels.add_norm(x, x * 2, x[0], x[1], 1e-6), kernels.silu_mul(x), q, *caches, attended, product
 
     one = everything()
     torch.set_num_threads(2)
@@ -292,7 +294,7 @@ def test_threads_do_not_change_results():
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 7, 33, 70])
-@pytest.mark.parametrize("size", [(1, 1), (33, 7), (64, 128)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (33, 7), (64, 128), (600, 70)], ids=str)
 def test_linear_of_packed_and_plain_weights(dtype, rows, size):
     x, weight = randn(1, rows, size[0], dtype=dtype), randn(2, size[1], size[0], dtype=dtype)
     bias = randn(3, size[1], dtype=dtype)
@@ -351,6 +353,21 @@ def test_quantize_rounds_to_the_nearest_code(bits, group):
     assert not wide[3].any() and not wide[4, :32].any()  # zeros stay zeros, and no scale divides by nothing
     assert low.nbytes == 24 * 384 * bits // 8 + 2 * 24 * 384 // group
     assert kernels.quantize(weight.bfloat16(), bits, group).codes.shape == low.codes.shape
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_widening_a_low_bit_weight_takes_nothing_from_the_host(bits):
+    """A step with many rows widens weights inside a captured graph, where a copy from the host is an error."""
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert "lift_fresh" not in func.name(), "a tensor was made from Python's numbers"
+            return func(*args, **(kwargs or {}))
+
+    low = kernels.quantize(randn(1, 8, 64, dtype=F32), bits)
+    with Refuse():
+        low.dequantize(BF16)
+        with pytest.raises(AssertionError):
+            torch.tensor([1, 2])
 
 
 @pytest.mark.parametrize("bits, group, inputs", [(4, None, 40), (4, 16, 64), (8, 7, 64), (3, None, 64), (4, 64, 96)])
