@@ -49,48 +49,6 @@ cuda_on_cpu = None  # tutorial/cuda_on_cpu.py sets this, and the CUDA bodies the
 
 
 @dataclass
-class PanelWeight:
-    """A float32 weight [out, in] in panels of 32 outputs: panels [out / 32, in, 32], the last one filled up with zeros.
-
-    A panel is read from front to end, 32 products for each input, while memory already brings the next piece of it.
-    """
-
-    panels: torch.Tensor
-    num_outputs: int
-
-    @classmethod
-    def pack(cls, weight: torch.Tensor) -> PanelWeight:
-        """From a [out, in] weight."""
-        outputs, inputs = weight.shape
-        whole, rest = divmod(outputs, 32)
-        panels = weight.new_zeros(whole + bool(rest), inputs, 32)
-        panels[:whole] = weight[: whole * 32].view(whole, 32, inputs).transpose(1, 2)
-        if rest:
-            panels[whole, :, :rest] = weight[whole * 32 :].T
-        return cls(panels, outputs)
-
-    def plain(self) -> torch.Tensor:
-        """The weight [out, in] again."""
-        return self.panels.transpose(1, 2).flatten(0, 1)[: self.num_outputs]
-
-
-def pack_weight(weight: torch.Tensor) -> torch.Tensor | PanelWeight:
-    """Reorder a [out, in] weight, once, into the layout that it is multiplied from; unchanged where there is none.
-
-    float32 on a CPU with AVX-512: panels, for our own product, which at up to a few dozen rows overlaps reading with
-    multiplying. Else on a CPU oneDNN's blocked layout; F.linear would do that reordering inside every call.
-    """
-    if (weight.device.type == "cpu" and weight.dtype == torch.float32 and compiled(weight)[0]
-            and torch.backends.cpu.get_cpu_capability() == "AVX512"):
-        return PanelWeight.pack(weight)
-    if (weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-            and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-            and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())):
-        return torch.ops.mkldnn._reorder_linear_weight(weight, 32)
-    return weight
-
-
-@dataclass
 class LowBitWeight:
     """A weight [out, in] in 8 or 4 bits: code * scale, one scale for every `group` neighbouring inputs of an output.
 
@@ -153,14 +111,88 @@ def _shifts(codes):
     return i // 2 * 4 + i % 2 * 16
 
 
+@dataclass
+class PanelWeight:
+    """A weight in panels of 32 outputs, for the CPU: words [out / 32, words of an output, 32], filled up with zeros.
+
+    A panel is read from front to end, 32 products for each input, while memory already brings the next piece of it. A
+    word is a float32, an int32 of two bfloat16, an int16 of two 8-bit codes, or an int32 of eight 4-bit codes. scales:
+    float32 [out / 32, groups, 32] for codes.
+    """
+
+    words: torch.Tensor
+    scales: torch.Tensor | None
+    bits: int
+    shape: tuple[int, int]  # (out, in)
+
+    @classmethod
+    def pack(cls, weight: torch.Tensor | LowBitWeight) -> PanelWeight:
+        """From a float32, bfloat16 or low-bit weight [out, in]."""
+        if isinstance(weight, LowBitWeight):
+            codes, scales, bits = weight.codes, to_panels(weight.scales.float()), weight.bits
+        else:
+            codes, scales, bits = weight, None, 8 * weight.element_size()
+        if bits in (8, 16):  # two to a word
+            codes = F.pad(codes, (0, 1)) if codes.shape[1] % 2 else codes.contiguous()
+            codes = codes.view(torch.int16 if bits == 8 else torch.int32)
+        return cls(to_panels(codes), scales, bits, tuple(weight.shape))
+
+    def plain(self) -> torch.Tensor | LowBitWeight:
+        """What was packed."""
+        words = from_panels(self.words, self.shape[0])
+        if self.bits in (8, 16):
+            words = words.view(torch.int8 if self.bits == 8 else torch.bfloat16)[:, : self.shape[1]].contiguous()
+        return words if self.scales is None else LowBitWeight(words, from_panels(self.scales, self.shape[0]).bfloat16())
+
+
+def to_panels(rows: torch.Tensor) -> torch.Tensor:
+    """[out, n] -> [out / 32 rounded up, n, 32]: the same column of 32 outputs side by side."""
+    outputs, n = rows.shape
+    whole, rest = divmod(outputs, 32)
+    panels = rows.new_zeros(whole + bool(rest), n, 32)
+    panels[:whole] = rows[: whole * 32].view(whole, 32, n).transpose(1, 2)
+    if rest:
+        panels[whole, :, :rest] = rows[whole * 32 :].T
+    return panels
+
+
+def from_panels(panels: torch.Tensor, outputs: int) -> torch.Tensor:
+    """What `to_panels` was given."""
+    return panels.transpose(1, 2).flatten(0, 1)[:outputs].contiguous()
+
+
+def pack_weight(weight: torch.Tensor | LowBitWeight) -> torch.Tensor | PanelWeight | LowBitWeight:
+    """Reorder a [out, in] weight, once, into the layout that it is multiplied from; unchanged where there is none.
+
+    On a CPU with a C++ compiler: panels, for codes of 8 or 4 bits and, with AVX-512, for float32 and bfloat16 (but where
+    there is AMX, which oneDNN uses). Else oneDNN's blocked layout; F.linear would do that reordering inside every call.
+    """
+    if isinstance(weight, LowBitWeight):
+        group = weight.shape[1] // weight.scales.shape[1]
+        has_cpp = weight.codes.device.type == "cpu" and use_cpp and not cuda_on_cpu and cpp_compiler()
+        return PanelWeight.pack(weight) if has_cpp and (group % 2 == 0 or group == weight.shape[1]) else weight
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+        return weight
+    if weight.dtype == torch.bfloat16:
+        fast = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    else:
+        fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if fast and compiled(weight)[0]:
+        return PanelWeight.pack(weight)
+    if (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+            and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())):
+        return torch.ops.mkldnn._reorder_linear_weight(weight, 32)
+    return weight
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor | PanelWeight | LowBitWeight, bias: torch.Tensor | None = None,
            gelu: bool = False) -> torch.Tensor:
     """x [T, in] times weight [out, in], transposed, plus bias [out]; then GELU (tanh form) if asked. Returns [T, out]."""
+    if isinstance(weight, PanelWeight):
+        return _panel_linear(x, weight, bias, gelu)
     if isinstance(weight, LowBitWeight):
         y = _low_bit_linear(x, weight)
         y = y if bias is None else y + bias
-    elif isinstance(weight, PanelWeight):
-        y = _panel_linear(x, weight, bias)
     elif weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "tanh" if gelu else "")
     else:
@@ -168,23 +200,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor | PanelWeight | LowBitWeight, b
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
-def _panel_linear(x, weight, bias):
-    cpp, _ = compiled(x, weight.panels, bias)
-    if not cpp:
-        return F.linear(x, weight.plain().to(x.dtype), bias)
-    x, out = x.contiguous(), x.new_empty(len(x), weight.num_outputs)
-    cpp("panel_linear", x, weight.panels, bias, out, *out.shape, x.shape[1])
+def _panel_linear(x, weight, bias, gelu):
+    cpp, _ = compiled(x, bias)
+    if not cpp or weight.bits == 16 and x.dtype != torch.bfloat16 or weight.bits == 32 and x.dtype != torch.float32:
+        plain = weight.plain()
+        return linear(x, plain.to(x.dtype) if isinstance(plain, torch.Tensor) else plain, bias, gelu)
+    x, (outputs, inputs) = x.contiguous(), weight.shape
+    out, groups = x.new_empty(len(x), outputs), 1 if weight.scales is None else weight.scales.shape[1]
+    cpp("panel_linear", x, weight.words, weight.scales, bias, out, len(x), outputs, inputs, groups, weight.bits, gelu)
     return out
 
 
 def _low_bit_linear(x, weight):
     """For a few rows the weight is read as it is and widened on the way; for many it is widened once."""
     rows, (outputs, inputs), groups = len(x), weight.shape, weight.scales.shape[1]
-    cpp, cuda = compiled(x)
-    if cpp and rows <= 64:
-        x, out = x.contiguous(), x.new_empty(rows, outputs)
-        cpp("low_bit_linear", x, weight.codes, weight.scales, out, rows, outputs, inputs, groups, weight.bits)
-        return out
+    _, cuda = compiled(x)
     step = 64 if weight.bits == 8 else 128  # inputs that a warp takes at a time
     if cuda and rows <= 64 and x.element_size() == 2 and inputs % step == 0 and (weight.bits == 4 or groups == 1):
         x, out = x.contiguous(), x.new_empty(rows, outputs)
@@ -197,15 +227,29 @@ def _low_bit_linear(x, weight):
 def mixture_of_experts(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up, down) -> torch.Tensor:
     """Send every token through its K experts and add up what they say.
 
-    x [T, H], experts [T, K] int64 and weights [T, K] from the router; gate_up[e] [2I, H] and down[e] [H, I].
-    Returns [T, H]. Each expert runs once, over all tokens that chose it. Survey B 3.1.2 · C MoE. (arXiv:2101.03961)
+    x [T, H], experts [T, K] int64 and float32 weights [T, K] from the router. gate_up [E, 2I, H] and down [E, H, I]: one
+    product over all experts, without the host ever learning who chose whom; or lists of what `linear` multiplies with:
+    each expert that was chosen runs once, over all its tokens. Returns [T, H]. Survey B 3.1.2 · C MoE. (arXiv:2101.03961)
     """
+    if isinstance(gate_up, torch.Tensor):
+        order = experts.flatten().argsort(stable=True)  # pairs of token and choice, those of the first expert first
+        each = torch.arange(len(gate_up), device=x.device)
+        ends = torch.searchsorted(experts.flatten()[order], each, right=True).int()
+        y = silu_mul(F.grouped_mm(x[order // experts.shape[1]], gate_up.mT, offs=ends))
+        y = F.grouped_mm(y, down.mT, offs=ends)[order.argsort()].view(*experts.shape, -1)
+        return (y * weights[..., None]).sum(1).to(x.dtype)
     out = torch.zeros_like(x)
     for e in experts.unique().tolist():
         rows, choice = (experts == e).nonzero(as_tuple=True)
         y = linear(silu_mul(linear(x[rows], gate_up[e])), down[e])
         out.index_add_(0, rows, (y * weights[rows, choice, None]).to(x.dtype))
     return out
+
+
+def can_group(weight: torch.Tensor | PanelWeight | LowBitWeight) -> bool:
+    """Whether `mixture_of_experts` takes weights like this one stacked: bfloat16 on a GPU, rows of whole 16 bytes."""
+    return (isinstance(weight, torch.Tensor) and weight.device.type == "cuda" and weight.dtype == torch.bfloat16
+            and not any(size % 8 for size in weight.shape))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -562,8 +606,7 @@ class CppLibrary:
         "silu_mul": [_P] * 2 + [_I] * 2,
         "rope_and_write_kv": [_P] * 8 + [_I] * 4 + [_F],
         "paged_attention": [_P] * 7 + [_I] * 8 + [_F],
-        "panel_linear": [_P] * 4 + [_I] * 3,
-        "low_bit_linear": [_P] * 4 + [_I] * 5,
+        "panel_linear": [_P] * 5 + [_I] * 6,
         "sample": [_P] * 7 + [_I] * 3,
     }
 
@@ -577,11 +620,15 @@ class CppLibrary:
         self.functions[name](*(arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args))
 
 
+def cpp_compiler() -> str | None:
+    """The system's C++ compiler."""
+    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
 @functools.cache
 def cpp_library(dtype: torch.dtype) -> CppLibrary | None:
     """The C++ bodies for one dtype, built when first asked for; None, with one warning, where that fails."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
+    if not (compiler := cpp_compiler()):
         return None
     try:
         return CppLibrary(_build(compiler, _ELEMENTS[dtype]))
@@ -618,10 +665,12 @@ def _build(compiler: str, element: str) -> Path:
 
 CPU_SOURCE = r"""
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -785,61 +834,186 @@ extern "C" void rope_and_write_kv(T* qkv, const int64_t* positions, const int64_
     }
 }
 
-// ---- out = x W^T + bias, W in panels [outputs / 32, inputs, 32]. A tile is up to 14 rows by 32 outputs, sums in registers
-// (28 of AVX-512's 32). All tiles of a panel's next PIECE inputs are done before the piece after that is touched, so that
-// only the first reads from memory; meanwhile the tiles ask for that next piece, a cache line or so for each input.
-constexpr int PANEL = 2 * W, TILE = 14, PIECE = 256, MOST_ROWS = 4 * TILE;
+// ---- out = x W^T + bias, then GELU if asked. W lies in panels of 32 outputs, [outputs / 32, words, 32]; a word holds one
+// input of an output or several neighbouring ones. A panel is read once, from front to end: a piece of it is multiplied
+// with all rows, a tile of up to 14 rows by 32 outputs at a time (28 sums, of AVX-512's 32 registers), before the next
+// piece is touched, which the tiles meanwhile ask memory for. A row's result does not depend on its neighbours.
+constexpr int COLS = 2, PANEL = COLS * W, TILE = 14, PIECE = 256, MOST_ROWS = 56;
 
-template <int R>
-static void tile(const T* x, int64_t inputs, const float* w, int64_t n, float* sums, const char* next, const char* end) {
-    vec acc[R][2];
-    for (int r = 0; r < R; r++) acc[r][0] = load(sums + r * PANEL), acc[r][1] = load(sums + r * PANEL + W);
-    for (int64_t k = 0; k < n; k++) {
-        vec w0 = load(w + k * PANEL), w1 = load(w + k * PANEL + W);
-        if (next < end) { __builtin_prefetch(next, 0, 2); next += 64; }
-        #pragma GCC unroll 14
-        for (int r = 0; r < R; r++) {
-            float v = to_float(x[r * inputs + k]);
-            acc[r][0] += v * w0;
-            acc[r][1] += v * w1;
-        }
+// What a word holds, how it is multiplied with the inputs of a row, and how these are made ready. STEPS: operands in a word.
+struct Floats {
+    typedef float Word; typedef float Input; typedef vec Sum;
+    static constexpr int STEPS = 1, INPUTS = 1;
+    static vec operand(const Word* w, int) { return load(w); }
+    static vec add_product(vec sum, Input x, vec w) { return sum + x * w; }
+};
+#ifdef __AVX512BF16__
+struct Pairs {  // two bfloat16: one instruction multiplies both and adds both products
+    typedef uint32_t Word; typedef uint32_t Input; typedef vec Sum;
+    static constexpr int STEPS = 1, INPUTS = 2;
+    static vecu operand(const Word* w, int) { vecu u; memcpy(&u, w, sizeof u); return u; }
+    static vec add_product(vec sum, Input x, vecu w) {
+        return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(x), (__m512bh)w);
     }
-    for (int r = 0; r < R; r++) store(sums + r * PANEL, acc[r][0]), store(sums + r * PANEL + W, acc[r][1]);
+};
+#endif
+// Codes are multiplied as integers: x is rounded to 16 bits of the largest in its PIECE, which is to more than bfloat16
+// keeps unless it is below a 128th of that, and 256 products of 7 and 15 bits add up to less than 31.
+struct Bytes {
+    typedef uint16_t Word; typedef uint32_t Input; typedef veci Sum;
+    static constexpr int STEPS = 1, INPUTS = 2;
+    static vecu operand(const Word* w, int) {
+#ifdef __AVX512BW__
+        return (vecu)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w));
+#endif
+        half_vec h; memcpy(&h, w, sizeof h);
+        vecu u = __builtin_convertvector(h, vecu);
+        return (vecu)((veci)(u << 24) >> 24 & 0xffff) | (vecu)((veci)(u << 16) >> 24) << 16;
+    }
+    static veci add_product(veci sum, Input x, vecu w) {
+#ifdef __AVX512VNNI__
+        return (veci)_mm512_dpwssd_epi32((__m512i)sum, _mm512_set1_epi32(x), (__m512i)w);
+#endif
+        return sum + int16_t(x) * ((veci)(w << 16) >> 16) + (int32_t(x) >> 16) * ((veci)w >> 16);
+    }
+};
+struct Nibbles : Bytes {  // the order of kernels.quantize: inputs 2i and 2i + 1 in bits 4i and 4i + 16, each 8 too large
+    typedef uint32_t Word;
+    static constexpr int STEPS = 4, INPUTS = 8;
+    static vecu operand(const Word* w, int step) {
+        vecu u; memcpy(&u, w, sizeof u);
+        return u >> 4 * step & 0x000f000f;
+    }
+};
+template <class K> constexpr bool is_code = std::is_same<typename K::Sum, veci>::value;
+
+// R rows of x times n words of a panel, added to sums. Codes have a scale per output and `group` words, and one per row.
+template <class K, int R>
+static void tile(const typename K::Input* x, int64_t stride, const typename K::Word* w, int64_t n, const float* scales,
+                 int64_t group, const float* row_scales, float* sums) {
+    int64_t ahead = n * PANEL;
+    for (int64_t left = n; left > 0; left -= group, scales += PANEL) {
+        typename K::Sum acc[R][COLS] = {};
+        int64_t some = std::min(left, group);
+        if constexpr (std::is_same<K, Nibbles>::value)
+            for (int r = 0; r < R; r++) {
+                int32_t total = 0;
+                for (int64_t i = 0; i < some * K::STEPS; i++)
+                    total += int16_t(x[r * stride + i]) + (int32_t(x[r * stride + i]) >> 16);
+                for (int c = 0; c < COLS; c++) acc[r][c] -= 8 * total;
+            }
+        for (int64_t i = 0; i < some; i++, w += PANEL) {
+            for (int byte = 0; byte < PANEL * int(sizeof *w); byte += 64)
+                __builtin_prefetch((const char*)(w + ahead) + byte, 0, 2);
+            #pragma GCC unroll 4
+            for (int step = 0; step < K::STEPS; step++, x++) {
+                auto b0 = K::operand(w, step), b1 = K::operand(w + W, step);
+                #pragma GCC unroll 14
+                for (int r = 0; r < R; r++) {
+                    auto v = x[r * stride];
+                    acc[r][0] = K::add_product(acc[r][0], v, b0);
+                    acc[r][1] = K::add_product(acc[r][1], v, b1);
+                }
+            }
+        }
+        for (int c = 0; c < COLS; c++)
+            for (int r = 0; r < R; r++) {
+                float* to = sums + r * PANEL + c * W;
+                if constexpr (is_code<K>)
+                    store(to, load(to) + __builtin_convertvector(acc[r][c], vec) * (load(scales + c * W) * row_scales[r]));
+                else store(to, load(to) + acc[r][c]);
+            }
+    }
 }
-extern "C" void panel_linear(const T* x, const float* panels, const T* bias, T* out, int64_t rows, int64_t outputs,
-                             int64_t inputs) {
-    static decltype(&tile<1>) const tiles[] = {
-        nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>, tile<9>, tile<10>, tile<11>,
-        tile<12>, tile<13>, tile<14>};
-    int64_t num_panels = (outputs + PANEL - 1) / PANEL;
+template <class K, int... R>
+static auto tiles_of(std::integer_sequence<int, R...>) {
+    return std::array{(decltype(&tile<K, 1>))nullptr, &tile<K, R + 1>...};
+}
+
+static float make_ready(const T* from, float* to, int64_t n, Floats) {
+    #pragma omp simd
+    for (int64_t i = 0; i < n; i++) to[i] = to_float(from[i]);
+    return 1;
+}
+static float make_ready(const T* from, uint32_t* to, int64_t n, Bytes) {  // two rounded inputs each; returns their unit
+    float largest = 1e-30f, zero = 0;  // zero: NaN if an input is, or is infinite, and then so is the unit
+    #pragma omp simd reduction(max : largest) reduction(+ : zero)
+    for (int64_t i = 0; i < n; i++) {
+        float y = to_float(from[i]), size = y < 0 ? -y : y;
+        largest = size > largest ? size : largest;
+        zero += y - y;
+    }
+    float per_unit = zero == 0 ? 32767 / largest : 0;
+    int16_t* pairs = (int16_t*)to;
+    #pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        float y = to_float(from[i]) * per_unit;
+        pairs[i] = int16_t(int32_t((y == y ? y : 0) + 32768.5f) - 32768);
+    }
+    return largest / 32767 + zero;
+}
+#ifdef __AVX512BF16__
+static float make_ready(const T* from, uint32_t* to, int64_t n, Pairs) { memcpy(to, from, n * sizeof(T)); return 1; }
+#endif
+
+template <class K>
+static void panels_times(const T* x, const void* panels, const float* scales, const T* bias, T* out, int64_t rows,
+                         int64_t outputs, int64_t inputs, int64_t groups, int64_t gelu) {
+    typedef typename K::Input Input;
+    const auto tiles = tiles_of<K>(std::make_integer_sequence<int, TILE>());
+    int64_t num_panels = (outputs + PANEL - 1) / PANEL, words = (inputs + K::INPUTS - 1) / K::INPUTS;
+    int64_t per_group = words / groups, per_piece = PIECE / K::INPUTS, num_pieces = (words + per_piece - 1) / per_piece;
+    // Not a power of two between rows: they would all fight for the same few places of the cache.
+    int64_t stride = words * K::STEPS + 16;
     #pragma omp parallel if (outputs * inputs > BIG)
     {
-        std::vector<float> scratch(MOST_ROWS * PANEL);
+        std::vector<float> scratch(MOST_ROWS * PANEL), units(MOST_ROWS * num_pieces);
+        std::vector<Input> ready(std::min<int64_t>(rows, MOST_ROWS) * stride);
         float* sums = scratch.data();
         for (int64_t row = 0; row < rows; row += MOST_ROWS) {
             int64_t some = std::min<int64_t>(MOST_ROWS, rows - row), num_tiles = (some + TILE - 1) / TILE;
+            for (int64_t r = 0; r < some; r++)
+                for (int64_t i = 0; i < num_pieces; i++)
+                    units[i * some + r] = make_ready(x + (row + r) * inputs + i * PIECE,
+                                                     ready.data() + r * stride + i * per_piece * K::STEPS,
+                                                     std::min<int64_t>(PIECE, inputs - i * PIECE), K());
             #pragma omp for schedule(static) nowait
             for (int64_t p = 0; p < num_panels; p++) {
                 std::fill(sums, sums + some * PANEL, 0.f);
-                for (int64_t k = 0; k < inputs; k += PIECE) {
-                    int64_t n = std::min<int64_t>(PIECE, inputs - k);
-                    const float* w = panels + (p * inputs + k) * PANEL;
-                    const char* next = (const char*)(w + n * PANEL);  // of this panel, or the next one's first
+                for (int64_t k = 0, n; k < words; k += n) {
+                    int64_t piece = k / per_piece, g = k / per_group, to_piece = (piece + 1) * per_piece - k;
+                    // To the piece's end if that is also a group's, else to where the first of both ends.
+                    n = std::min(words - k, per_piece % per_group == 0 ? to_piece
+                                            : std::min(to_piece, (g + 1) * per_group - k));
+                    const auto* w = (const typename K::Word*)panels + (p * words + k) * PANEL;
                     for (int64_t t = 0; t < num_tiles; t++) {
-                        int64_t r0 = some * t / num_tiles, r1 = some * (t + 1) / num_tiles, lines = n * 2;
-                        tiles[r1 - r0](x + (row + r0) * inputs + k, inputs, w, n, sums + r0 * PANEL,
-                                       next + lines * t / num_tiles * 64, next + lines * (t + 1) / num_tiles * 64);
+                        int64_t r0 = some * t / num_tiles, r1 = some * (t + 1) / num_tiles;
+                        tiles[r1 - r0](ready.data() + r0 * stride + k * K::STEPS, stride, w, n,
+                                       scales + (p * groups + g) * PANEL, std::min(per_group, n),
+                                       units.data() + piece * some + r0, sums + r0 * PANEL);
                     }
                 }
                 int64_t first = p * PANEL, count = std::min<int64_t>(PANEL, outputs - first);
                 for (int64_t r = 0; r < some; r++) {
                     T* to = out + (row + r) * outputs + first;
-                    for (int64_t c = 0; c < count; c++)
-                        put(&to[c], sums[r * PANEL + c] + (bias ? to_float(bias[first + c]) : 0));
+                    float* y = sums + r * PANEL;
+                    for (int64_t c = 0; c < count && bias; c++) y[c] += to_float(bias[first + c]);
+                    if (gelu)
+                        for (int64_t c = 0; c < count; c++)
+                            y[c] /= 1 + exp_(-1.5957691216f * (y[c] + 0.044715f * y[c] * y[c] * y[c]));
+                    for (int64_t c = 0; c < count; c++) put(&to[c], y[c]);
                 }
             }
         }
     }
+}
+extern "C" void panel_linear(const T* x, const void* panels, const float* scales, const T* bias, T* out, int64_t rows,
+                             int64_t outputs, int64_t inputs, int64_t groups, int64_t bits, int64_t gelu) {
+    auto product = bits == 32 ? panels_times<Floats> : bits == 8 ? panels_times<Bytes> : panels_times<Nibbles>;
+#ifdef __AVX512BF16__
+    if constexpr (sizeof(T) == 2) if (bits == 16) product = panels_times<Pairs>;
+#endif
+    product(x, panels, scales, bias, out, rows, outputs, inputs, groups, gelu);
 }
 
 // ---- One token per row: where the cumulative probability of what the filters keep passes the noise. All filters come
@@ -900,70 +1074,6 @@ extern "C" void sample(const T* logits, const float* temperature, const int64_t*
             out[r] = choice;
         }
     }
-}
-
-// ---- out[row, o] = sum over k of x[row, k] * code[o, k] * scale[o, k / group]: four outputs at a time are widened to
-// floats, which stay in the nearest cache, and multiplied with all rows. So the codes are read once, however many rows.
-static void widen(const int8_t* codes, float scale, float* to, int64_t n) {
-    #pragma omp simd
-    for (int64_t k = 0; k < n; k++) to[k] = codes[k] * scale;
-}
-static void widen(const uint32_t* words, float scale, float* to, int64_t n) {  // eight codes a word, n a multiple of 16
-    const vecu shifts = {0, 16, 4, 20, 8, 24, 12, 28, 0, 16, 4, 20, 8, 24, 12, 28};
-    for (int64_t k = 0; k < n; k += 16) {
-        uint32_t a = words[k / 8], b = words[k / 8 + 1];
-        vecu both = {a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
-        store(to + k, __builtin_convertvector((veci)(both >> shifts & 15) - 8, vec) * scale);
-    }
-}
-template <class C>
-static void low_bit(const T* x, const C* codes, const bf16* scales, T* out, int64_t rows, int64_t outputs, int64_t inputs,
-                    int64_t groups, int64_t per_code) {
-    int64_t group = inputs / groups;
-    #pragma omp parallel if (outputs * inputs > BIG)
-    {
-        std::vector<float> scratch(4 * inputs);
-        float* wide = scratch.data();
-        #pragma omp for
-        for (int64_t o = 0; o < outputs; o += 4) {
-            int64_t some = std::min<int64_t>(4, outputs - o);
-            for (int64_t i = 0; i < some; i++)
-                for (int64_t g = 0; g < groups; g++)
-                    widen(codes + ((o + i) * inputs + g * group) / per_code, to_float(scales[(o + i) * groups + g]),
-                          wide + i * inputs + g * group, group);
-            for (int64_t r = 0; r < rows; r += 4) {
-                vec acc[4][4] = {};
-                const T* row[4];
-                for (int j = 0; j < 4; j++) row[j] = x + std::min(r + j, rows - 1) * inputs;
-                auto product = [&](auto n) {  // n rows of x
-                    int64_t k = 0;
-                    for (; k + W <= inputs; k += W) {
-                        vec w[4];
-                        for (int i = 0; i < 4; i++) w[i] = load(wide + i * inputs + k);
-                        for (int j = 0; j < n; j++) {
-                            vec v = load(row[j] + k);
-                            for (int i = 0; i < 4; i++) acc[j][i] += v * w[i];
-                        }
-                    }
-                    for (int j = 0; j < n; j++)
-                        for (int i = 0; i < some; i++) {
-                            float y = sum(acc[j][i]);
-                            for (int64_t d = k; d < inputs; d++) y += to_float(row[j][d]) * wide[i * inputs + d];
-                            put(&out[(r + j) * outputs + o + i], y);
-                        }
-                };
-                if (rows - r == 1) product(std::integral_constant<int, 1>());
-                else if (rows - r == 2) product(std::integral_constant<int, 2>());
-                else if (rows - r == 3) product(std::integral_constant<int, 3>());
-                else product(std::integral_constant<int, 4>());
-            }
-        }
-    }
-}
-extern "C" void low_bit_linear(const T* x, const void* codes, const bf16* scales, T* out, int64_t rows, int64_t outputs,
-                               int64_t inputs, int64_t groups, int64_t bits) {
-    if (bits == 8) low_bit(x, (const int8_t*)codes, scales, out, rows, outputs, inputs, groups, 1);
-    else low_bit(x, (const uint32_t*)codes, scales, out, rows, outputs, inputs, groups, 8);
 }
 
 // ---- Attention over the paged cache. The rows of a task are (query, head) pairs. Online softmax (arXiv:1805.02867): m is

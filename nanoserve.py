@@ -335,14 +335,16 @@ class GPT:
         if place.expert is None:
             setattr(owner, place.name, weight)
         else:
-            setattr(owner, place.name, getattr(owner, place.name) or [None] * self.config.num_experts)
+            if getattr(owner, place.name) is None:
+                n = self.config.num_experts
+                setattr(owner, place.name, weight.new_empty(n, *weight.shape) if kernels.can_group(weight) else [None] * n)
             getattr(owner, place.name)[place.expert] = weight
         if place.name == "embed" and self.config.tie_embeddings:
             self.head = self._ready(weight, "head")
 
     def _ready(self, weight, name):
         if self.quantize and name != "router":  # a router is small, and decides between experts on small differences
-            return kernels.quantize(weight, LOW_BITS[self.quantize])
+            weight = kernels.quantize(weight, LOW_BITS[self.quantize])
         return kernels.pack_weight(weight)
 
     def randomize(self, seed: int = 0, std: float = 0.02) -> GPT:
@@ -868,7 +870,7 @@ class LLM:
     kv_memory: bytes for the KV cache, or a fraction of the free memory below 1; None: 0.85 on a GPU, 1 GiB elsewhere
     max_batch_tokens: the token budget of a step; max_batch_requests: how many requests run at once (256, or the budget)
     policy: "fcfs", "priority", "shortest", or a function of a Request whose smallest value goes first
-    graphs: on a GPU, capture the decode step once per batch size and replay it (not with experts)
+    graphs: on a GPU, capture the decode step once per batch size and replay it
     """
 
     def __init__(self, model: str | os.PathLike | GPT | None = None, *, device: str = "auto", dtype: str = "auto",
@@ -908,7 +910,8 @@ class LLM:
             raise ValueError(f"kv_memory: there is no room for {num_blocks:,} blocks; lower kv_memory") from None
         self.graphs = None
         # Only what never waits for the device can be captured: not the PyTorch attention, nor the loop over experts.
-        capturable = kernels.compiled(self.model.embed)[1] and config.head_dim % 16 == 0 and not config.num_experts
+        loops = any(isinstance(layer.gate_up, list) for layer in self.model.layers)
+        capturable = kernels.compiled(self.model.embed)[1] and config.head_dim % 16 == 0 and not loops
         if graphs and self.device.type == "cuda" and capturable:
             self.graphs = DecodeGraphs(self.model, self.cache, max_batch_requests, self.pool.blocks_for(self.max_model_len))
         self._random = random.Random(seed)

@@ -115,12 +115,15 @@ def test_weights_are_quantized_while_loading(family, quantize, monkeypatch):
             nanoserve.load(DATA / family, CPU, torch.float32, quantize=quantize)
         return
     low = nanoserve.load(DATA / family, CPU, torch.float32, quantize=quantize)
-    assert isinstance(low.head, kernels.LowBitWeight) and low.embed.dtype == torch.float32
-    assert not any(isinstance(layer.router, kernels.LowBitWeight) for layer in low.layers)
+    assert low.head.bits == nanoserve.LOW_BITS[quantize] and low.embed.dtype == torch.float32
+    assert not any(getattr(layer.router, "bits", 32) < 32 for layer in low.layers)
     monkeypatch.setattr(kernels, "quantize", lambda weight, bits: rounding(weight, bits).dequantize(weight.dtype))
     rounded = nanoserve.load(DATA / family, CPU, torch.float32, quantize=quantize)
     tokens = load_file(DATA / family / "reference.safetensors")["tokens_1"].tolist()
-    torch.testing.assert_close(logits(low, tokens), logits(rounded, tokens), rtol=1e-4, atol=1e-4)
+    expected = logits(rounded, tokens)
+    torch.testing.assert_close(logits(low, tokens), expected, rtol=0, atol=5e-3)  # C++ rounds what is multiplied too
+    monkeypatch.setattr(kernels, "use_cpp", False)
+    torch.testing.assert_close(logits(low, tokens), expected, rtol=1e-4, atol=1e-4)
     assert 1e-4 < distance(low, family) < 10  # not exact, or nothing would have been rounded
 
 
