@@ -196,6 +196,11 @@ class BlockPool:
 class KVCache:
     """The tensors: for every layer keys and values of shape [num_blocks, block_size, kv_heads, head_dim].
 
+    dtype torch.int8: also their scales, [num_blocks, kv_heads, block_size] bfloat16, one per token and head. A head's scales
+    of a block are neighbours, so that 16 of them are one access to memory. (bfloat16 reaches as far as float32, and as the
+    codes are made for the rounded scale, its few bits cost nothing.) Survey A III.C · B 3.2.1 · C KV Cache Optimization:
+    Compression Techniques.
+
     Memory comes uninitialised, and from the operating system only when first written. Nothing ever reads a slot that
     was not written (attention stops at the context's end), so there is nothing to clear.
     """
@@ -204,15 +209,27 @@ class KVCache:
         import torch  # here, so that BlockPool can be used where there is no torch
 
         shape = (num_layers, 2, num_blocks, block_size, kv_heads, head_dim)
-        self.data = torch.empty(shape, dtype=dtype, device=device)
-        self.layers = [(layer[0], layer[1]) for layer in self.data]
+        self.data, self.scales = torch.empty(shape, dtype=dtype, device=device), None
+        scales = [None] * num_layers
+        if dtype is torch.int8:
+            shape = (num_layers, 2, num_blocks, kv_heads, block_size)
+            self.scales = torch.empty(shape, dtype=torch.bfloat16, device=device)
+            scales = [(layer[0], layer[1]) for layer in self.scales]
+        # What the operations of kernels.py take: (keys, values, None or (scales of keys, scales of values))
+        self.layers = [(layer[0], layer[1], scale) for layer, scale in zip(self.data, scales)]
 
     @staticmethod
     def bytes_per_block(num_layers, block_size, kv_heads, head_dim, itemsize) -> int:
-        """Bytes that one block takes in all layers, keys and values together."""
-        return num_layers * 2 * block_size * kv_heads * head_dim * itemsize
+        """Bytes that one block takes in all layers, keys and values together; of int8 (itemsize 1) with the scales."""
+        return num_layers * 2 * block_size * kv_heads * (head_dim * itemsize + (2 if itemsize == 1 else 0))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def copy_blocks(self, copies: dict[int, int]) -> None:
         """Copy blocks {destination: source} in every layer, all read before any is written."""
-        if copies:
-            self.data[:, :, list(copies)] = self.data[:, :, list(copies.values())]
+        for tensor in (self.data, self.scales) if copies else ():
+            if tensor is not None:
+                tensor[:, :, list(copies)] = tensor[:, :, list(copies.values())]

@@ -11,6 +11,7 @@ Shapes, everywhere the same:
     T tokens of the flat, ragged batch      B requests in it          S rows that are sampled      V vocabulary
     Hq query heads, Hkv key/value heads (Hq a multiple of Hkv), D head_dim, M blocks per row of a block table
     q [T, Hq, D]     k_cache, v_cache [num_blocks, block_size, Hkv, D]     block_tables [B, M] int32
+    scales: None, or of an int8 cache what k and v are multiplied by, a pair of [num_blocks, Hkv, block_size] bfloat16
     context_lens [B] int32: tokens of each request in the cache once this step has written its own
     query_start [B+1] int32: request b owns rows query_start[b] .. query_start[b+1]-1 of the flat batch
 
@@ -374,7 +375,8 @@ def apply_rope(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
 
 def rope_and_write_kv(qkv: torch.Tensor, num_heads: int, positions: torch.Tensor, slots: torch.Tensor,
                       table: torch.Tensor | None, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float,
-                      k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+                      k_cache: torch.Tensor, v_cache: torch.Tensor,
+                      scales: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
     """Everything between the q/k/v product and attention: split, normalise q and k per head, rotate, store k and v.
 
     qkv [T, (Hq + 2 Hkv) * D]; positions, slots [T] int64, a slot being block * block_size + offset; table from
@@ -382,51 +384,73 @@ def rope_and_write_kv(qkv: torch.Tensor, num_heads: int, positions: torch.Tensor
     a view of qkv.
     """
     block_size, kv_heads, head_dim = k_cache.shape[1:]
-    cpp, cuda = compiled(qkv, k_cache, v_cache, q_norm, k_norm)
+    cpp, cuda = compiled(qkv, q_norm, k_norm, *(() if scales else (k_cache, v_cache)))
     if (cpp or cuda) and qkv.is_contiguous():
-        tensors = qkv, positions, slots, table, q_norm, k_norm, k_cache, v_cache
+        tensors = qkv, positions, slots, table, q_norm, k_norm, k_cache, v_cache, *(scales or (None, None))
         if cpp:
-            cpp("rope_and_write_kv", *tensors, len(qkv), num_heads, kv_heads, head_dim, eps)
+            cpp("rope_and_write_kv", *tensors, len(qkv), num_heads, kv_heads, head_dim, block_size, eps)
         else:
             heads = num_heads + 2 * kv_heads
-            cuda("rope_and_write_kv", (len(qkv), -(-heads // 4)), 128, *tensors, num_heads, kv_heads, float(eps),
-                 D=head_dim)
+            cuda("rope_and_write_kv", (len(qkv), -(-heads // 4)), 128, *tensors, num_heads, kv_heads, block_size, float(eps),
+                 D=head_dim, INT8=int(scales is not None))
         return qkv.view(len(qkv), -1, head_dim)[:, :num_heads]
     q, k, v = qkv.view(qkv.shape[0], -1, head_dim).split([num_heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None:
         q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
     if table is not None:
         q, k = apply_rope(q, table[positions]), apply_rope(k, table[positions])
-    write_kv(k, v, k_cache, v_cache, slots)
+    write_kv(k, v, k_cache, v_cache, slots, scales)
     return q
 
 
-def write_kv(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor) -> None:
+def write_kv(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor,
+             scales: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
     """Store k, v [T, Hkv, D] at slots [T] int64 of the paged cache. Survey A III.A · B 3.2.3."""
-    k_cache.view(-1, *k_cache.shape[2:])[slots] = k.to(k_cache.dtype)
-    v_cache.view(-1, *v_cache.shape[2:])[slots] = v.to(v_cache.dtype)
+    for x, cache, scale in zip((k, v), (k_cache, v_cache), scales or (None, None)):
+        if scale is not None:
+            block_size = cache.shape[1]
+            x, scale[slots // block_size, :, slots % block_size] = quantize_kv(x)
+        cache.view(-1, *cache.shape[2:])[slots] = x.to(cache.dtype)
+
+
+def quantize_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round each token's keys or values x [T, Hkv, D], head by head, to 255 evenly spaced ones around 0.
+
+    Returns codes int8 [T, Hkv, D] and scales bfloat16 [T, Hkv]; x is about codes * scales. A row's scale looks at that
+    row alone, so what a token leaves in the cache does not depend on when, or beside whom, it is computed.
+    Survey A III.C · B 3.2.1 · C KV Cache Optimization: Compression Techniques. (arXiv:2402.02750 for other groupings)
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # As in `quantize`, the scale is rounded first. That moves the largest entry from 127 to 127.25 at most: still 127.
+    scales = (wide.abs().amax(-1) / 127).clamp(min=1e-30).bfloat16()
+    return (wide / scales.to(wide.dtype)[..., None]).round().to(torch.int8), scales
 
 
 def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
-                    context_lens: torch.Tensor, query_start: torch.Tensor, scale: float, window: int = 0) -> torch.Tensor:
+                    context_lens: torch.Tensor, query_start: torch.Tensor, scale: float, window: int = 0,
+                    scales: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
     """Causal attention of a ragged batch over the paged cache: any mix of query lengths in one call. Returns [T, Hq, D].
 
     The n > 0 queries of a request are its last n positions, so query i of n stands at position context_len - n + i and
     sees the keys up to there; with a `window` only the last `window` of them, itself included. Query head h reads
     key/value head h // (Hq // Hkv). Softmax in at least float32. Survey A III.A · B 3.2.3, 3.2.5. (arXiv:2309.06180)
+
+    An int8 cache is never widened in memory: all of a key has one scale, so its score is multiplied by that instead, and
+    the probability by the scale of the value that it weighs.
     """
     T, num_heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
-    cpp, cuda = compiled(q, k_cache, v_cache)
+    cpp, cuda = compiled(q, *(() if scales else (k_cache, v_cache)))
     if (cpp or cuda) and q.stride()[1:] == (head_dim, 1):
+        caches = k_cache, v_cache, *(scales or (None, None))
         tables = [t.to(torch.int32).contiguous() for t in (block_tables, context_lens, query_start)]
         if cpp:
             out = q.new_empty(T, num_heads, head_dim)
-            cpp("paged_attention", q, k_cache, v_cache, *tables, out, len(context_lens), block_tables.shape[1], block_size,
+            cpp("paged_attention", q, *caches, *tables, out, len(context_lens), block_tables.shape[1], block_size,
                 num_heads, kv_heads, head_dim, q.stride(0), window, scale)
             return out
         if head_dim % 16 == 0:
-            return _paged_attention_cuda(cuda, q, k_cache, v_cache, *tables, scale, window)
+            return _paged_attention_cuda(cuda, q, *caches, *tables, scale, window)
     out, wide = torch.empty_like(q), torch.promote_types(q.dtype, torch.float32)
     starts, lengths = query_start.tolist(), context_lens.tolist()
     for b, (start, end, length) in enumerate(zip(starts, starts[1:], lengths)):
@@ -438,12 +462,17 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
         visible = key <= query if not window else (key <= query) & (key > query - window)
         grouped = q[start:end].to(wide).view(end - start, kv_heads, -1, head_dim)
         scores = torch.einsum("nhgd,lhd->hgnl", grouped, k) * scale
+        if scales:  # [Hkv, 1, 1, length]
+            k_scale, v_scale = (s[blocks].transpose(0, 1).flatten(1)[:, None, None, :length].to(wide) for s in scales)
+            scores = scores * k_scale
         probs = scores.masked_fill(~visible, -math.inf).softmax(-1)
+        probs = probs * v_scale if scales else probs
         out[start:end] = torch.einsum("hgnl,lhd->nhgd", probs, v).reshape(end - start, num_heads, head_dim).to(q.dtype)
     return out
 
 
-def _paged_attention_cuda(cuda, q, k_cache, v_cache, block_tables, context_lens, query_start, scale, window):
+def _paged_attention_cuda(cuda, q, k_cache, v_cache, k_scales, v_scales, block_tables, context_lens, query_start, scale,
+                          window):
     (T, heads, head_dim), (B, M), (block_size, kv_heads) = q.shape, block_tables.shape, k_cache.shape[1:3]
     group = heads // kv_heads
     # More than 8 rows at a time where there are more, and where the registers hold their sums.
@@ -457,9 +486,10 @@ def _paged_attention_cuda(cuda, q, k_cache, v_cache, block_tables, context_lens,
     sums = stats = None
     if splits > 1:
         sums, stats = (q.new_empty(splits, T, heads, n, dtype=torch.float32) for n in (head_dim, 2))
-    constants = {"D": head_dim, "R": R, "DECODE": int(decode)}
-    cuda("paged_attention", (tiles, kv_heads, splits), 128, q, k_cache, v_cache, block_tables, context_lens, query_start,
-         out, sums, stats, B, M, block_size, T, heads, kv_heads, q.stride(0), window, float(scale), **constants)
+    constants = {"D": head_dim, "R": R, "DECODE": int(decode), "INT8": int(k_scales is not None)}
+    cuda("paged_attention", (tiles, kv_heads, splits), 128, q, k_cache, v_cache, k_scales, v_scales, block_tables,
+         context_lens, query_start, out, sums, stats, B, M, block_size, T, heads, kv_heads, q.stride(0), window,
+         float(scale), **constants)
     if splits > 1:
         cuda("combine_splits", (T * heads,), 256, sums, stats, out, T * heads, splits, **constants)
     return out
@@ -604,8 +634,8 @@ class CppLibrary:
     signatures = {
         "add_norm": [_P] * 6 + [_I] * 2 + [_F],
         "silu_mul": [_P] * 2 + [_I] * 2,
-        "rope_and_write_kv": [_P] * 8 + [_I] * 4 + [_F],
-        "paged_attention": [_P] * 7 + [_I] * 8 + [_F],
+        "rope_and_write_kv": [_P] * 10 + [_I] * 5 + [_F],
+        "paged_attention": [_P] * 9 + [_I] * 8 + [_F],
         "panel_linear": [_P] * 5 + [_I] * 6,
         "sample": [_P] * 7 + [_I] * 3,
     }
@@ -687,12 +717,14 @@ typedef float vec __attribute__((vector_size(4 * W)));
 typedef int32_t veci __attribute__((vector_size(4 * W)));
 typedef uint32_t vecu __attribute__((vector_size(4 * W)));
 typedef uint16_t half_vec __attribute__((vector_size(2 * W)));
+typedef int8_t byte_vec __attribute__((vector_size(W)));
 
 struct bf16 { uint16_t bits; };  // the upper half of a float32
 
 // The element type T of every function, float or bf16, comes from the compiler's command line.
 
 static inline float to_float(float x) { return x; }
+static inline float to_float(int8_t x) { return x; }
 static inline float to_float(bf16 x) { uint32_t u = uint32_t(x.bits) << 16; float f; memcpy(&f, &u, 4); return f; }
 static inline void put(float* p, float x) { *p = x; }
 static inline void put(bf16* p, float x) {  // round to nearest, ties to even; NaN stays NaN
@@ -709,6 +741,13 @@ static inline vec load(const bf16* p) {
     vecu u = __builtin_convertvector(h, vecu) << 16;
     vec v; memcpy(&v, &u, sizeof v);
     return v;
+}
+static inline vec load(const int8_t* p) {
+#ifdef __AVX512F__  // likewise
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#endif
+    byte_vec b; memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(b, vec);
 }
 static inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
 static inline float sum(vec v) {  // in halves: sixteen additions one after the other would be sixteen waits
@@ -794,20 +833,41 @@ extern "C" void silu_mul(const T* __restrict gate_up, T* __restrict out, int64_t
     }
 }
 
-// ---- Per token: normalise each head of q and k, rotate it, leave q in place, store k and v into their slot.
+// ---- Per token: normalise each head of q and k, rotate it, leave q in place, store k and v into their slot; where there
+// are scales, as int8.
+static void quantize(const float* x, int64_t D, int8_t* codes, bf16* scale) {
+    uint32_t largest = 0;  // floats without a sign sort like their bits, and NaN, which has to show, above all
+    #pragma omp simd reduction(max : largest)
+    for (int64_t d = 0; d < D; d++) {
+        uint32_t bits; memcpy(&bits, &x[d], 4);
+        largest = std::max(largest, bits & 0x7fffffff);
+    }
+    float step; memcpy(&step, &largest, 4);
+    step /= 127;
+    put(scale, step < 1e-30f ? 1e-30f : step);
+    step = to_float(*scale);
+    #pragma omp simd
+    for (int64_t d = 0; d < D; d++) {
+        float shifted = x[d] / step + 12582912.f;  // rounds to an integer in the low bits, as in exp_
+        uint32_t bits; memcpy(&bits, &shifted, 4);
+        codes[d] = int8_t(bits);
+    }
+}
 extern "C" void rope_and_write_kv(T* qkv, const int64_t* positions, const int64_t* slots, const float* table,
-                                  const T* q_norm, const T* k_norm, T* k_cache, T* v_cache, int64_t tokens,
-                                  int64_t heads, int64_t kv_heads, int64_t D, float eps) {
+                                  const T* q_norm, const T* k_norm, void* k_cache, void* v_cache, bf16* k_scales,
+                                  bf16* v_scales, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t D,
+                                  int64_t block_size, float eps) {
     int64_t width = (heads + 2 * kv_heads) * D, half = D / 2;
     #pragma omp parallel if (tokens * width > BIG)
     {
-        std::vector<float> scratch(D);
-        float* __restrict x = scratch.data();
+        std::vector<float> scratch(2 * D);
+        float *__restrict x = scratch.data(), *__restrict wide = x + D;
         #pragma omp for
         for (int64_t t = 0; t < tokens; t++) {
+            int64_t block = slots[t] / block_size, first_scale = block * kv_heads * block_size + slots[t] % block_size;
             for (int64_t h = 0; h < heads + kv_heads; h++) {
-                const T *head = qkv + t * width + h * D, *norm = h < heads ? q_norm : k_norm;
-                T* to = h < heads ? qkv + t * width + h * D : k_cache + (slots[t] * kv_heads + h - heads) * D;
+                T* head = qkv + t * width + h * D;
+                const T* norm = h < heads ? q_norm : k_norm;
                 for (int64_t d = 0; d < D; d++) x[d] = to_float(head[d]);
                 if (norm) {
                     float ss = 0;
@@ -816,20 +876,35 @@ extern "C" void rope_and_write_kv(T* qkv, const int64_t* positions, const int64_
                     float inv = 1 / std::sqrt(ss / D + eps);
                     for (int64_t d = 0; d < D; d++) x[d] *= inv * to_float(norm[d]);
                 }
-                if (table) {
-                    const float *cos = table + positions[t] * D, *sin = cos + half;
-                    #pragma omp simd
-                    for (int64_t d = 0; d < half; d++) {
-                        float a = x[d], b = x[d + half];
-                        put(&to[d], a * cos[d] - b * sin[d]);
-                        put(&to[d + half], b * cos[d] + a * sin[d]);
+                auto rotate = [&](auto* to) {
+                    if (table) {
+                        const float *cos = table + positions[t] * D, *sin = cos + half;
+                        #pragma omp simd
+                        for (int64_t d = 0; d < half; d++) {
+                            float a = x[d], b = x[d + half];
+                            put(&to[d], a * cos[d] - b * sin[d]);
+                            put(&to[d + half], b * cos[d] + a * sin[d]);
+                        }
+                    } else {
+                        for (int64_t d = 0; d < D; d++) put(&to[d], x[d]);
                     }
+                };
+                int64_t place = (slots[t] * kv_heads + h - heads) * D;
+                if (h < heads) {
+                    rotate(head);
+                } else if (k_scales) {
+                    rotate(wide);
+                    quantize(wide, D, (int8_t*)k_cache + place, k_scales + first_scale + (h - heads) * block_size);
                 } else {
-                    for (int64_t d = 0; d < D; d++) put(&to[d], x[d]);
+                    rotate((T*)k_cache + place);
                 }
             }
             const T* v = qkv + t * width + (heads + kv_heads) * D;
-            std::copy(v, v + kv_heads * D, v_cache + slots[t] * kv_heads * D);
+            if (!v_scales) std::copy(v, v + kv_heads * D, (T*)v_cache + slots[t] * kv_heads * D);
+            else for (int64_t h = 0; h < kv_heads; h++) {
+                for (int64_t d = 0; d < D; d++) wide[d] = to_float(v[h * D + d]);
+                quantize(wide, D, (int8_t*)v_cache + (slots[t] * kv_heads + h) * D, v_scales + first_scale + h * block_size);
+            }
         }
     }
 }
@@ -1078,7 +1153,7 @@ extern "C" void sample(const T* logits, const float* temperature, const int64_t*
 
 // ---- Attention over the paged cache. The rows of a task are (query, head) pairs. Online softmax (arXiv:1805.02867): m is
 // the largest score of a row so far, l the sum of exp(score - m), acc the values weighted likewise; a larger score
-// rescales both. KEYS positions are looked at in one go.
+// rescales both. KEYS positions are looked at in one go. C is what the cache holds: T, or int8_t with scales.
 constexpr int KEYS = 32;
 constexpr int ROWS = 64;  // rows of one task, at most, unless a single query has more heads
 constexpr int FEW = 8;    // rows that share a key/value head, from which on arithmetic and not memory is the limit
@@ -1098,20 +1173,23 @@ struct Rows {
     void set_query(int64_t r, const T* from, float scale) {
         for (int64_t d = 0; d < D; d++) q[r * Dp + d] = to_float(from[d]) * scale;
     }
-    // s becomes exp(s - m), 0 where not visible; row r sees the keys first .. last-1 of these
-    void softmax(int64_t r, int first, int last) {
+    // s becomes exp(s - m), 0 where not visible; row r sees the keys first .. last-1 of these. SCALED: s is first
+    // multiplied by the scales of the keys, in the end by those of the values.
+    template <bool SCALED>
+    void softmax(int64_t r, int first, int last, const float* k_scales, const float* v_scales) {
         float* __restrict p = &s[r * KEYS];
         float top = m[r], total = 0;
         #pragma omp simd reduction(max : top)
         for (int j = 0; j < KEYS; j++) {
-            p[j] = j >= first && j < last ? p[j] : -1e30f;
+            p[j] = j >= first && j < last ? (SCALED ? p[j] * k_scales[j] : p[j]) : -1e30f;
             top = p[j] > top ? p[j] : top;
         }
         #pragma omp simd reduction(+ : total)
         for (int j = 0; j < KEYS; j++) {
             float e = exp_(p[j] - top);
-            p[j] = j >= first && j < last ? e : 0.f;
-            total += p[j];
+            e = j >= first && j < last ? e : 0.f;
+            p[j] = SCALED ? e * v_scales[j] : e;
+            total += e;
         }
         if (top != m[r]) {
             float shrink = exp_(m[r] - top);
@@ -1128,14 +1206,14 @@ struct Rows {
 
 // Few rows (decoding): memory is the limit, so read it in the order in which it lies. The heads of a token are neighbours;
 // take all of them, token by token. Row h * group + r belongs to the h-th head. FIXED: D if known when compiling, else 0.
-template <int FIXED>
-static void scores_few(Rows& t, const T* const* k, const T* const* ahead, int64_t heads, int64_t group) {
+template <int FIXED, class C>
+static void scores_few(Rows& t, const C* const* k, const C* const* ahead, int64_t heads, int64_t group) {
     const int64_t D = FIXED ? FIXED : t.D, Dp = FIXED ? FIXED : t.Dp;
     for (int j = 0; j < KEYS; j++) {
-        for (int64_t d = 0; d < heads * D; d += 64 / sizeof(T)) __builtin_prefetch(ahead[j] + d, 0, 2);
+        for (int64_t d = 0; d < heads * D; d += 64 / sizeof(C)) __builtin_prefetch(ahead[j] + d, 0, 2);
         for (int64_t h = 0; h < heads; h++)
             for (int64_t r = h * group; r < (h + 1) * group; r++) {
-                const T* key = k[j] + h * D;
+                const C* key = k[j] + h * D;
                 const float* query = &t.q[r * Dp];
                 vec a = {};
                 int64_t d = 0;
@@ -1146,14 +1224,14 @@ static void scores_few(Rows& t, const T* const* k, const T* const* ahead, int64_
             }
     }
 }
-template <int FIXED>
-static void values_few(Rows& t, const T* const* v, const T* const* ahead, int64_t heads, int64_t group) {
+template <int FIXED, class C>
+static void values_few(Rows& t, const C* const* v, const C* const* ahead, int64_t heads, int64_t group) {
     const int64_t D = FIXED ? FIXED : t.D, Dp = FIXED ? FIXED : t.Dp;
     for (int j = 0; j < KEYS; j += 4) {
         for (int i = 0; i < 4; i++)
-            for (int64_t d = 0; d < heads * D; d += 64 / sizeof(T)) __builtin_prefetch(ahead[j + i] + d, 0, 2);
+            for (int64_t d = 0; d < heads * D; d += 64 / sizeof(C)) __builtin_prefetch(ahead[j + i] + d, 0, 2);
         for (int64_t h = 0; h < heads; h++) {
-            const T *v0 = v[j] + h * D, *v1 = v[j + 1] + h * D, *v2 = v[j + 2] + h * D, *v3 = v[j + 3] + h * D;
+            const C *v0 = v[j] + h * D, *v1 = v[j + 1] + h * D, *v2 = v[j + 2] + h * D, *v3 = v[j + 3] + h * D;
             for (int64_t r = h * group; r < (h + 1) * group; r++) {
                 const float* p = &t.s[r * KEYS + j];
                 float* acc = &t.acc[r * Dp];
@@ -1171,7 +1249,8 @@ static void values_few(Rows& t, const T* const* v, const T* const* ahead, int64_
 
 // Many rows of one head (prefill): arithmetic is the limit. Keys are turned into columns, so that four rows by 32 keys of
 // accumulators stay in registers; likewise four rows of values.
-static void scores_many(Rows& t, const T* const* k, float* kt) {
+template <class C>
+static void scores_many(Rows& t, const C* const* k, float* kt) {
     for (int j = 0; j < KEYS; j++)
         for (int64_t d = 0; d < t.D; d++) kt[d * KEYS + j] = to_float(k[j][d]);
     for (int64_t r = 0; r < t.rows; r += 4) {
@@ -1183,7 +1262,8 @@ static void scores_many(Rows& t, const T* const* k, float* kt) {
         for (int i = 0; i < 4; i++) { store(&t.s[(r + i) * KEYS], a[i][0]); store(&t.s[(r + i) * KEYS + W], a[i][1]); }
     }
 }
-static void values_many(Rows& t, const T* const* v, float* wide) {
+template <class C>
+static void values_many(Rows& t, const C* const* v, float* wide) {
     for (int j = 0; j < KEYS; j++)
         for (int64_t d = 0; d < t.D; d++) wide[j * t.Dp + d] = to_float(v[j][d]);
     for (int64_t r = 0; r < t.rows; r += 4)
@@ -1198,15 +1278,17 @@ static void values_many(Rows& t, const T* const* v, float* wide) {
         }
 }
 
-extern "C" void paged_attention(const T* q, const T* k_cache, const T* v_cache, const int32_t* block_tables,
-                                const int32_t* context_lens, const int32_t* query_start, T* out, int64_t B, int64_t M,
-                                int64_t block_size, int64_t heads, int64_t kv_heads, int64_t D, int64_t q_stride,
-                                int64_t window, float scale) {
+template <class C>
+static void attend(const T* q, const C* k_cache, const C* v_cache, const bf16* k_scales, const bf16* v_scales,
+                   const int32_t* block_tables, const int32_t* context_lens, const int32_t* query_start, T* out, int64_t B,
+                   int64_t M, int64_t block_size, int64_t heads, int64_t kv_heads, int64_t D, int64_t q_stride,
+                   int64_t window, float scale) {
+    constexpr bool SCALED = std::is_same<C, int8_t>();
     int64_t group = heads / kv_heads, most = std::max<int64_t>(1, ROWS / group);  // queries of a task
     // A task with few rows takes all heads of its request, or as many as leave every thread something to do.
     int64_t together = std::clamp<int64_t>(B * kv_heads / (4 * omp_get_max_threads()), 1, kv_heads);
-    auto scores = D == 64 ? scores_few<64> : D == 128 ? scores_few<128> : scores_few<0>;
-    auto values = D == 64 ? values_few<64> : D == 128 ? values_few<128> : values_few<0>;
+    auto scores = D == 64 ? scores_few<64, C> : D == 128 ? scores_few<128, C> : scores_few<0, C>;
+    auto values = D == 64 ? values_few<64, C> : D == 128 ? values_few<128, C> : values_few<0, C>;
     struct Task { int64_t b, h0, h1, first, last; };  // queries first .. last-1 of request b, key/value heads h0 .. h1-1
     std::vector<Task> tasks;
     for (int64_t b = 0; b < B; b++)
@@ -1217,7 +1299,7 @@ extern "C" void paged_attention(const T* q, const T* k_cache, const T* v_cache, 
     #pragma omp parallel if (tasks.size() > 1)
     {
         Rows t(D, std::max(most * group, together * FEW));
-        std::vector<float> scratch(KEYS * t.Dp);
+        std::vector<float> scratch(KEYS * t.Dp), k_factors(SCALED * together * KEYS), v_factors(SCALED * together * KEYS);
         #pragma omp for schedule(dynamic, 1)
         for (size_t task = 0; task < tasks.size(); task++) {
             auto [b, h0, h1, first, last] = tasks[task];
@@ -1230,31 +1312,50 @@ extern "C" void paged_attention(const T* q, const T* k_cache, const T* v_cache, 
             auto head = [&](int64_t r) { return (h0 + r / rows) * group + r % group; };
             for (int64_t r = 0; r < t.rows; r++) t.set_query(r, q + place(r) * q_stride + head(r) * D, scale);
             int64_t lo = window ? std::max<int64_t>(0, position0 + first - window + 1) : 0, hi = position0 + last;
-            const T *k[KEYS], *v[KEYS], *next[KEYS];
-            auto locate = [&](int64_t j0, const T* cache, const T** to) {  // past the end: the last one again
-                for (int64_t j = 0; j < KEYS; j++) {
+            const C *k[KEYS], *v[KEYS], *next[KEYS];
+            auto locate = [&](int64_t j0, const C* cache, const C** to, bool scaled) {  // past the end: the last one again
+                for (int64_t j = 0, n; j < KEYS; j += n) {  // n keys of one block
                     int64_t at = std::min(j0 + j, hi - 1), block = block_tables[b * M + at / block_size];
-                    to[j] = cache + ((block * block_size + at % block_size) * kv_heads + h0) * D;
+                    int64_t i0 = at % block_size;
+                    n = std::min({block_size - i0, hi - at, KEYS - j});
+                    const C* row = cache + ((block * block_size + i0) * kv_heads + h0) * D;
+                    for (int64_t i = 0; i < n; i++) to[j + i] = row + i * kv_heads * D;
+                    for (int64_t h = 0; scaled && h < n_heads; h++) {
+                        int64_t there = (block * kv_heads + h0 + h) * block_size + i0, here = h * KEYS + j;
+                        for (int64_t i = 0; i < n; i++) k_factors[here + i] = to_float(k_scales[there + i]);
+                        for (int64_t i = 0; i < n; i++) v_factors[here + i] = to_float(v_scales[there + i]);
+                    }
                 }
             };
-            locate(lo, k_cache, next);
+            locate(lo, k_cache, next, false);
             for (int64_t j0 = lo; j0 < hi; j0 += KEYS) {
                 std::copy(next, next + KEYS, k);
-                locate(j0, v_cache, v);
-                locate(j0 + KEYS, k_cache, next);
+                locate(j0, v_cache, v, SCALED);
+                locate(j0 + KEYS, k_cache, next, false);
                 // Blocks are scattered, so no hardware guesses what comes next: while reading the keys ask for the values,
                 // while reading the values for the next keys.
                 if (few) scores(t, k, v, n_heads, rows); else scores_many(t, k, scratch.data());
                 for (int64_t r = 0; r < t.rows; r++) {
                     int64_t position = position0 + first + r % rows / group;
                     int64_t from = window ? std::clamp<int64_t>(position - window + 1 - j0, 0, KEYS) : 0;
-                    t.softmax(r, from, std::clamp<int64_t>(position + 1 - j0, 0, KEYS));
+                    t.template softmax<SCALED>(r, from, std::clamp<int64_t>(position + 1 - j0, 0, KEYS),
+                                               k_factors.data() + r / rows * KEYS, v_factors.data() + r / rows * KEYS);
                 }
                 if (few) values(t, v, next, n_heads, rows); else values_many(t, v, scratch.data());
             }
             for (int64_t r = 0; r < t.rows; r++) t.finish(r, out + (place(r) * heads + head(r)) * D);
         }
     }
+}
+extern "C" void paged_attention(const T* q, const void* k_cache, const void* v_cache, const bf16* k_scales,
+                                const bf16* v_scales, const int32_t* block_tables, const int32_t* context_lens,
+                                const int32_t* query_start, T* out, int64_t B, int64_t M, int64_t block_size,
+                                int64_t heads, int64_t kv_heads, int64_t D, int64_t q_stride, int64_t window, float scale) {
+    auto run = [&](auto* k, auto* v) {
+        attend(q, k, v, k_scales, v_scales, block_tables, context_lens, query_start, out, B, M, block_size, heads, kv_heads,
+               D, q_stride, window, scale);
+    };
+    if (k_scales) run((const int8_t*)k_cache, (const int8_t*)v_cache); else run((const T*)k_cache, (const T*)v_cache);
 }
 """
 
@@ -1432,6 +1533,10 @@ __device__ unsigned fma_bf16x2(unsigned a, unsigned b, unsigned c) {
 __device__ unsigned fma_fp16x2(unsigned a, unsigned b, unsigned c) {
     unsigned d; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); return d;
 }
+// (a & b) ^ c: one instruction, which two with constants in them would not become by themselves.
+__device__ unsigned and_xor(unsigned a, unsigned b, unsigned c) {
+    unsigned d; asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); return d;
+}
 // An 8 x 8 matrix of 16-bit entries, of which lane 4g + c holds (g; 2c, 2c+1), transposed.
 __device__ unsigned transpose_8x8(unsigned pair) {
     unsigned out; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair)); return out;
@@ -1470,6 +1575,22 @@ __device__ unsigned make_pair(bf16, float x, float y) { return float_to_bfloat(x
 __device__ unsigned make_pair(fp16, float x, float y) { return float_to_half(x) | (unsigned)float_to_half(y) << 16; }
 __device__ void mma(bf16, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { mma_bf16(d, a, b); }
 __device__ void mma(fp16, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { mma_fp16(d, a, b); }
+
+// Two int8, byte i of x and byte j of y, as such a pair. Exact, and quicker than to convert: from some power of two on
+// neighbouring numbers are one apart, so a byte put into its last bits is an integer above it, and that is taken off.
+__device__ unsigned widen_int8(bf16, unsigned x, int i, unsigned y, int j) {
+    // A bf16 of 128 .. 255 holds seven bits; the sign decides whether 128 or 256 (the next power) is taken off.
+    unsigned codes = __byte_perm(x, y, (4 + j) << 8 | i);
+    return fma_bf16x2(and_xor(codes, 0x007f007f, 0x43004300), 0x3f803f80, and_xor(codes, 0x00800080, 0xc300c300));
+}
+__device__ unsigned widen_int8(fp16, unsigned x, int i, unsigned y, int j) {
+    unsigned codes = __byte_perm(x, y, (4 + j) << 8 | i);  // 1024 + code + 128, less 1152
+    return fma_fp16x2(and_xor(codes, 0x00ff00ff, 0x64806480), 0x3c003c00, 0xe480e480);
+}
+__device__ float2 widen_int8(float, unsigned x, int i, unsigned y, int j) {  // 2^23 + code + 128, less that
+    return make_float2(__uint_as_float(__byte_perm(x ^ 0x80808080, 0x4b000000, 0x7540 + i)) - 8388736.f,
+                       __uint_as_float(__byte_perm(y ^ 0x80808080, 0x4b000000, 0x7540 + j)) - 8388736.f);
+}
 """
 
 CUDA["add_norm"] = r"""
@@ -1541,33 +1662,55 @@ CUDA["rope_and_write_kv"] = r"""
 // Per token: normalise each head of q and k, rotate it, leave q in place, store k and v into their slot.
 //
 // Grid (token, four heads). A warp takes one head of one token, a lane every 32nd pair (d, d + D/2) of it. Reads and writes
-// each entry of qkv once, and D floats of cos and sin per head. Left open: T, D (even).
+// each entry of qkv once, and D floats of cos and sin per head.
+// Left open: T, D (even), INT8 (1: the cache holds int8, and a scale per token and head).
 extern "C" __global__ void rope_and_write_kv(T* qkv, const long long* positions, const long long* slots, const float* table,
-                                             const T* q_norm, const T* k_norm, T* k_cache, T* v_cache, int heads,
-                                             int kv_heads, float eps) {
-    constexpr int HALF = D / 2;
+                                             const T* q_norm, const T* k_norm, void* k_cache, void* v_cache,
+                                             bf16* k_scales, bf16* v_scales, int heads, int kv_heads, int block_size,
+                                             float eps) {
+    constexpr int HALF = D / 2, MINE = (HALF + 31) / 32;  // pairs of a lane
     int head = blockIdx.y * 4 + threadIdx.x / 32, lane = threadIdx.x % 32, token = blockIdx.x;
     if (head >= heads + 2 * kv_heads) return;
     bool is_q = head < heads, is_v = head >= heads + kv_heads;
-    T *from = qkv + ((long long)token * (heads + 2 * kv_heads) + head) * D, *to = from;
-    if (!is_q) {
-        long long place = (slots[token] * kv_heads + (head - heads) % kv_heads) * D;
-        to = (is_v ? v_cache : k_cache) + place;
-    }
+    T* from = qkv + ((long long)token * (heads + 2 * kv_heads) + head) * D;
     const T* norm = is_v ? nullptr : is_q ? q_norm : k_norm;
     const float *cos = table + positions[token] * D, *sin = cos + HALF;
-    float scale = 1;
+    float scale = 1, x[MINE][2] = {};
     if (norm) {
         float squares = 0;
         for (int d = lane; d < D; d += 32) squares += to_float(from[d]) * to_float(from[d]);
         scale = rsqrtf(warp_sum(squares) / D + eps);
     }
-    for (int d = lane; d < HALF; d += 32) {
+    #pragma unroll
+    for (int i = 0; i < MINE; i++) if (int d = lane + 32 * i; d < HALF) {
         float a = to_float(from[d]), b = to_float(from[d + HALF]);
         if (norm) a *= scale * to_float(norm[d]), b *= scale * to_float(norm[d + HALF]);
         bool turn = table && !is_v;
-        put(&to[d], turn ? a * cos[d] - b * sin[d] : a);
-        put(&to[d + HALF], turn ? b * cos[d] + a * sin[d] : b);
+        x[i][0] = turn ? a * cos[d] - b * sin[d] : a;
+        x[i][1] = turn ? b * cos[d] + a * sin[d] : b;
+    }
+    const int slot = is_q ? 0 : (int)slots[token], kv_head = (head - heads) % kv_heads;
+    const long long place = ((long long)slot * kv_heads + kv_head) * D;
+    if (INT8 && !is_q) {
+        unsigned largest = 0;  // floats without a sign sort like their bits, and NaN, which has to show, above all
+        for (int i = 0; i < 2 * MINE; i++) largest = max(largest, __float_as_uint(x[i / 2][i % 2]) & 0x7fffffff);
+        for (int i = 16; i; i /= 2) largest = max(largest, __shfl_xor_sync(ALL, largest, i));
+        float step = __uint_as_float(largest) / 127;
+        bf16 rounded;
+        put(&rounded, step < 1e-30f ? 1e-30f : step);
+        step = to_float(rounded);
+        if (lane == 0)
+            (is_v ? v_scales : k_scales)[((long long)(slot / block_size) * kv_heads + kv_head) * block_size
+                                         + slot % block_size] = rounded;
+        signed char* to = (signed char*)(is_v ? v_cache : k_cache) + place;
+        #pragma unroll
+        for (int i = 0; i < MINE; i++) if (int d = lane + 32 * i; d < HALF)
+            for (int h = 0; h < 2; h++) to[d + h * HALF] = (signed char)(int)rintf(x[i][h] / step);
+    } else {
+        T* to = is_q ? from : (T*)(is_v ? v_cache : k_cache) + place;
+        #pragma unroll
+        for (int i = 0; i < MINE; i++) if (int d = lane + 32 * i; d < HALF)
+            for (int h = 0; h < 2; h++) put(&to[d + h * HALF], x[i][h]);
     }
 }
 """
@@ -1590,20 +1733,17 @@ CUDA["paged_attention"] = r"""
 // decoding that is a FLOP per byte and head of the group: memory is the limit. Writes out; with several splits it writes
 // unnormalized sums, and (largest score, sum of p) per row, for `combine_splits`.
 //
-// Left open: T, D (a multiple of 16), R (rows of a tile, 8 or 16), DECODE (1: one query, one tile per request).
+// An int8 cache stays int8 in registers as well, until an instruction wants it; a key's score is multiplied by the key's
+// scale, its p by the value's. It halves the bytes, and adds two for every scale.
+//
+// Left open: T, D (a multiple of 16), R (rows of a tile, 8 or 16), DECODE (1: one query, one tile per request), INT8 (1: so
+// is the cache).
 constexpr int WARPS = 4, TILES = R / 8;
 
 // Two entries, as the matrix instruction takes them: two 16-bit numbers in a register, or (float) as they are.
 template <class E> struct PairOf { typedef unsigned type; };
 template <> struct PairOf<float> { typedef float2 type; };
 typedef PairOf<T>::type Pair;
-__device__ constexpr int pairs_per_load(int pairs) {  // the most that make up 16 bytes and divide `pairs`
-    int n = 16 / sizeof(Pair);
-    while (pairs % n) n /= 2;
-    return n;
-}
-constexpr int KP = pairs_per_load(D / 8), VP = pairs_per_load(D / 16);  // a lane's share of a key's row is D/8 pairs
-
 __device__ unsigned firsts(unsigned x, unsigned y) { return __byte_perm(x, y, 0x5410); }
 __device__ unsigned seconds(unsigned x, unsigned y) { return __byte_perm(x, y, 0x7632); }
 __device__ unsigned transpose(unsigned x) { return transpose_8x8(x); }
@@ -1633,10 +1773,45 @@ __device__ void mma(float, float (&d)[4], const float2 (&a)[4], const float2 (&b
         }
 }
 
+// What a lane holds of a row of K or V: N pairs, P neighbours at a time, and as they lie in memory: in words of one pair, or
+// of ENTRIES int8.
+template <int CODES> struct WordOf { typedef Pair type; };
+template <> struct WordOf<4> { typedef unsigned type; };
+template <> struct WordOf<2> { typedef unsigned short type; };
+template <int N> struct Share {
+    __device__ static constexpr int most(int pairs) { return N % pairs ? most(pairs / 2) : pairs; }
+    static constexpr int P = most(16 / (INT8 ? 2 : sizeof(Pair)));  // the most that make up 16 bytes and divide N
+    static constexpr int ENTRIES = INT8 && P > 1 ? 4 : 2, WORDS = P * 2 / ENTRIES;  // words of a load
+    typedef typename WordOf<INT8 * ENTRIES>::type Word;
+    Word words[2 * N / ENTRIES];
+    __device__ void read(const void* row, int lane, int lanes) {  // `lanes` share the row
+        for (int i = 0; i < N / P; i++) {
+            Vec<Word, WORDS> x = load<Word, WORDS>((const Word*)row + (lanes * i + lane) * WORDS);
+            for (int j = 0; j < WORDS; j++) words[i * WORDS + j] = x.at[j];
+        }
+    }
+    __device__ Pair pair(int i) const {
+        if constexpr (INT8) return both(2 * i, *this, 2 * i + 1);
+        else return words[i];
+    }
+    __device__ Pair across(const Share& other, int d) const {  // entry d of this row, and that of the other
+        if constexpr (INT8) return both(d, other, d);
+        else return d % 2 ? seconds(words[d / 2], other.words[d / 2]) : firsts(words[d / 2], other.words[d / 2]);
+    }
+    __device__ Pair both(int d, const Share& other, int e) const {
+        return widen_int8(T(), words[d / ENTRIES], d % ENTRIES, other.words[e / ENTRIES], e % ENTRIES);
+    }
+};
+typedef Share<D / 8> KeyShare;
+typedef Share<D / 16> ValueShare;
+constexpr int KP = KeyShare::P, VP = ValueShare::P;
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-paged_attention(const T* q, const T* k_cache, const T* v_cache, const int* block_tables, const int* context_lens,
-                const int* query_start, T* out, float* sums, float2* stats, int B, int M, int block_size, int tokens,
-                int heads, int kv_heads, int q_stride, int window, float scale) {
+paged_attention(const T* q, const void* k_cache, const void* v_cache, const bf16* k_scales, const bf16* v_scales,
+                const int* block_tables, const int* context_lens, const int* query_start, T* out, float* sums,
+                float2* stats, int B, int M, int block_size, int tokens, int heads, int kv_heads, int q_stride, int window,
+                float scale) {
+    constexpr int ENTRY = INT8 ? 1 : sizeof(T);  // bytes in the cache
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
     const int group = heads / kv_heads, kv_head = blockIdx.y, split = blockIdx.z, splits = gridDim.z;
 
@@ -1671,9 +1846,10 @@ paged_attention(const T* q, const T* k_cache, const T* v_cache, const int* block
         int row = min(8 * t + g, rows - 1);
         const T* head = q + (long long)(start + (row0 + row) / group) * q_stride
                       + (kv_head * group + (row0 + row) % group) * D;
-        for (int i = 0; i < D / 8 / KP; i++) {
-            Vec<Pair, KP> x = load<Pair, KP>((const Pair*)head + (4 * i + c) * KP);
-            for (int j = 0; j < KP; j++) query[t][i * KP + j] = x.at[j];
+        constexpr int MOST = 16 / sizeof(Pair), QP = KP < MOST ? KP : MOST;  // in the order of the keys
+        for (int i = 0; i < D / 8; i += QP) {
+            Vec<Pair, QP> x = load<Pair, QP>((const Pair*)head + (i / KP * 4 + c) * KP + i % KP);
+            for (int j = 0; j < QP; j++) query[t][i + j] = x.at[j];
         }
         for (int e = 0; e < 2; e++) {
             int row = 8 * t + 2 * c + e;
@@ -1685,50 +1861,56 @@ paged_attention(const T* q, const T* k_cache, const T* v_cache, const int* block
     for (int t = 0; t < TILES; t++) top[t][0] = top[t][1] = -INFINITY;
 
     for (int j = from + 16 * warp; j < to; j += 16 * WARPS) {
-        int at = min(j + lane % 16, to - 1), slot = block_tables[b * M + at / block_size] * block_size + at % block_size;
-        Pair k[2][D / 8], v[4][D / 16];  // keys g and g + 8; keys 2c, 2c + 1, 2c + 8, 2c + 9
-        for (int h = 0; h < 2; h++) {
-            const T* key = k_cache + ((long long)__shfl_sync(ALL, slot, g + 8 * h) * kv_heads + kv_head) * D;
-            for (int i = 0; i < D / 8 / KP; i++) {
-                Vec<Pair, KP> x = load<Pair, KP>((const Pair*)key + (4 * i + c) * KP);
-                for (int p = 0; p < KP; p++) k[h][i * KP + p] = x.at[p];
-            }
+        int at = min(j + lane % 16, to - 1), block = block_tables[b * M + at / block_size];
+        int slot = block * block_size + at % block_size;
+        float factor = 1;  // lanes 0 .. 15: the scales of the 16 keys, 16 .. 31: those of their values
+        if (INT8) {
+            long long place = ((long long)block * kv_heads + kv_head) * block_size + at % block_size;
+            factor = to_float((lane < 16 ? k_scales : v_scales)[place]);
         }
-        for (int h = 0; h < 4; h++) {
-            int which = 2 * c + h % 2 + h / 2 * 8;
-            const T* value = v_cache + ((long long)__shfl_sync(ALL, slot, which) * kv_heads + kv_head) * D;
-            for (int i = 0; i < D / 16 / VP; i++) {
-                Vec<Pair, VP> x = load<Pair, VP>((const Pair*)value + (8 * i + g) * VP);
-                for (int p = 0; p < VP; p++) v[h][i * VP + p] = x.at[p];
-            }
-        }
+        auto row = [&](const void* cache, int key) {
+            return (const char*)cache + ((long long)__shfl_sync(ALL, slot, key) * kv_heads + kv_head) * D * ENTRY;
+        };
+        KeyShare k[2];    // of keys g and g + 8
+        ValueShare v[4];  // of keys 2c, 2c + 1, 2c + 8, 2c + 9
+        for (int h = 0; h < 2; h++) k[h].read(row(k_cache, g + 8 * h), c, 4);
+        for (int h = 0; h < 4; h++) v[h].read(row(v_cache, 2 * c + h % 2 + h / 2 * 8), g, 8);
         #pragma unroll  // or the arrays would not stay in registers
         for (int t = 0; t < TILES; t++) {
             float s[4] = {}, shrink[2];  // (key g; rows 2c, 2c + 1), (key g + 8; rows 2c, 2c + 1)
             for (int i = 0; i < D / 8; i += 2) {
-                Pair a[4] = {k[0][i], k[1][i], k[0][i + 1], k[1][i + 1]}, x[2] = {query[t][i], query[t][i + 1]};
+                Pair a[4] = {k[0].pair(i), k[1].pair(i), k[0].pair(i + 1), k[1].pair(i + 1)};
+                Pair x[2] = {query[t][i], query[t][i + 1]};
                 mma(T(), s, a, x);
+            }
+            float k_factor[2] = {1, 1}, v_factor[2] = {1, 1};  // of keys g and g + 8
+            for (int h = 0; INT8 && h < 2; h++) {
+                k_factor[h] = __shfl_sync(ALL, factor, g + 8 * h);
+                v_factor[h] = __shfl_sync(ALL, factor, 16 + g + 8 * h);
             }
             for (int e = 0; e < 2; e++) {
                 float largest = top[t][e];
                 for (int h = 0; h < 2; h++) {
                     int key = j + g + 8 * h;
                     bool visible = key < to && key <= limit[t][e] && (!window || key > limit[t][e] - window);
-                    s[2 * h + e] = visible ? s[2 * h + e] * scale : -INFINITY;
+                    s[2 * h + e] = visible ? s[2 * h + e] * scale * k_factor[h] : -INFINITY;
                     largest = fmaxf(largest, s[2 * h + e]);
                 }
                 for (int i = 4; i < 32; i *= 2) largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, i));
                 float base = largest == -INFINITY ? 0 : largest;  // a row that has seen nothing yet
                 shrink[e] = exp2f(top[t][e] - base);
+                // p times a scale can be too small for an fp16, where p times a value is not: 64 p, and 64 in the total.
+                if (INT8) base -= 6;
                 for (int h = 0; h < 2; h++) s[2 * h + e] = exp2f(s[2 * h + e] - base);
                 total[t][e] = total[t][e] * shrink[e] + s[e] + s[2 + e];
                 top[t][e] = largest;
+                for (int h = 0; h < 2; h++) s[2 * h + e] *= v_factor[h];
             }
             Pair p[2] = {transpose(make_pair(T(), s[0], s[1])), transpose(make_pair(T(), s[2], s[3]))};
             for (int i = 0; i < D / 16; i++) {  // two rows of V^T: the first and the second entry of the lane's pair i
                 for (int e = 0; e < 4; e++) acc[t][i][e] *= shrink[e % 2];
-                Pair a[4] = {firsts(v[0][i], v[1][i]), seconds(v[0][i], v[1][i]),
-                             firsts(v[2][i], v[3][i]), seconds(v[2][i], v[3][i])};
+                Pair a[4] = {v[0].across(v[1], 2 * i), v[0].across(v[1], 2 * i + 1),
+                             v[2].across(v[3], 2 * i), v[2].across(v[3], 2 * i + 1)};
                 mma(T(), acc[t][i], a, p);
             }
         }
@@ -1824,13 +2006,7 @@ __device__ float base(fp16) { return 1024; }
 
 // The i-th of the pairs that a lane's 16 bytes hold.
 __device__ unsigned widen(const Vec<unsigned, 4>& codes, int i, float scale) {
-    if (BITS == 8) {
-        // A byte as the last of a float's bits between 2^23 and 2^24, where floats are one apart: quicker than a conversion.
-        unsigned bytes = codes.at[i / 2] ^ 0x80808080;
-        float x = __uint_as_float(__byte_perm(bytes, 0x4b000000, 0x7540 + i % 2 * 2)) - 8388736.f;
-        float y = __uint_as_float(__byte_perm(bytes, 0x4b000000, 0x7541 + i % 2 * 2)) - 8388736.f;
-        return make_pair(T(), x, y);
-    }
+    if (BITS == 8) return widen_int8(T(), codes.at[i / 2], i % 2 * 2, codes.at[i / 2], i % 2 * 2 + 1);
     unsigned pair = (codes.at[i / 4] >> (i % 4 * 4) & 0x000f000f) | base_bits(T());
     return fma2(T(), fma2(T(), pair, twice(1), twice(-base(T()) - 8)), twice(scale), twice(-0.f));
 }

@@ -70,6 +70,7 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 log = logging.getLogger("nanoserve")
 DEFAULT_MODEL = Path(__file__).parent / "tutorial" / "model"
 LOW_BITS = {"int8": 8, "int4": 4}  # what weights can be quantized to: one scale per output; one per 32 inputs of it
+KV_DTYPES = ("auto", "int8")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -287,7 +288,7 @@ class GPT:
         x, delta = self.embed[batch.tokens], None
         if self.position_embed is not None:
             x = x + self.position_embed[batch.positions]
-        for layer, window, (k_cache, v_cache) in zip(self.layers, c.windows, cache.layers):
+        for layer, window, (k_cache, v_cache, scales) in zip(self.layers, c.windows, cache.layers):
             h, x = kernels.add_norm(x, delta, layer.attn_norm, layer.attn_norm_bias, c.norm_eps)
             qkv = kernels.linear(h, layer.qkv, layer.qkv_bias)
             q_norm, k_norm = layer.q_norm, layer.k_norm
@@ -295,9 +296,9 @@ class GPT:
                 qkv, q_norm, k_norm = self._normalize_and_clip(qkv, q_norm, k_norm), None, None
             # Write K and V, then attend: a token sees itself through the cache like any other.
             q = kernels.rope_and_write_kv(qkv, c.num_heads, batch.positions, batch.slots, self.rope, q_norm, k_norm,
-                                          c.norm_eps, k_cache, v_cache)
+                                          c.norm_eps, k_cache, v_cache, scales)
             attended = kernels.paged_attention(q, k_cache, v_cache, batch.block_tables, batch.context_lens,
-                                               batch.query_start, scale, window).flatten(1)
+                                               batch.query_start, scale, window, scales).flatten(1)
             if layer is self.layers[-1]:  # from here on only the rows that somebody wants logits of
                 attended, x = attended[batch.rows], x[batch.rows]
             delta = kernels.linear(attended, layer.o, layer.o_bias)
@@ -867,6 +868,7 @@ class LLM:
     model: a folder in Hugging Face format, a name on its hub, a GPT, or None for the small model in tutorial/
     device: "auto" (CUDA where there is one, else the CPU), "cuda", "cpu", "mps"; dtype: "auto" or a name in DTYPES
     quantize: None, "int8" or "int4": round weights to so many bits while loading (not embeddings, norms and routers)
+    kv_dtype: "auto" (as the model computes) or "int8" (keys and values rounded to 8 bits: about twice as many tokens fit)
     kv_memory: bytes for the KV cache, or a fraction of the free memory below 1; None: 0.85 on a GPU, 1 GiB elsewhere
     max_batch_tokens: the token budget of a step; max_batch_requests: how many requests run at once (256, or the budget)
     policy: "fcfs", "priority", "shortest", or a function of a Request whose smallest value goes first
@@ -874,14 +876,16 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike | GPT | None = None, *, device: str = "auto", dtype: str = "auto",
-                 quantize: str | None = None, kv_memory: float | int | None = None, block_size: int = 16,
-                 max_batch_tokens: int | None = None, max_batch_requests: int | None = None,
+                 quantize: str | None = None, kv_dtype: str = "auto", kv_memory: float | int | None = None,
+                 block_size: int = 16, max_batch_tokens: int | None = None, max_batch_requests: int | None = None,
                  max_model_len: int | None = None, policy: str | Callable[[Request], object] = "fcfs",
                  prefix_caching: bool = True, graphs: bool = True, seed: int = 0):
         for name, value in (("block_size", block_size), ("max_batch_tokens", max_batch_tokens),
                             ("max_batch_requests", max_batch_requests), ("max_model_len", max_model_len)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
+        if kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype: must be {' or '.join(KV_DTYPES)}, got {kv_dtype!r}")
         folder = None if isinstance(model, GPT) else find_model(model)
         config = ModelConfig.from_dict(read_json(folder / "config.json")) if folder else model.config
         longest = config.max_len if folder else model.max_len
@@ -899,13 +903,14 @@ class LLM:
             keep_freed_memory()
         max_batch_requests = max_batch_requests or min(256, max_batch_tokens or 256)
         max_batch_tokens = max_batch_tokens or max(max_batch_requests, 8192 if self.device.type == "cuda" else 1024)
-        num_blocks = self._num_blocks(kv_memory, block_size, max_batch_requests)
+        kv_dtype = torch.int8 if kv_dtype == "int8" else self.model.dtype
+        num_blocks = self._num_blocks(kv_memory, kv_dtype, block_size, max_batch_requests)
         self.pool = BlockPool(num_blocks, block_size, prefix_caching)
         self.scheduler = Scheduler(self.pool, max_batch_tokens=max_batch_tokens, max_batch_requests=max_batch_requests,
                                    max_model_len=self.max_model_len, policy=policy)
         try:
             self.cache = KVCache(config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim,
-                                 self.model.dtype, self.device)
+                                 kv_dtype, self.device)
         except (RuntimeError, MemoryError):
             raise ValueError(f"kv_memory: there is no room for {num_blocks:,} blocks; lower kv_memory") from None
         self.graphs = None
@@ -930,10 +935,9 @@ class LLM:
         self.eos_ids = frozenset(token for token in eos or config.eos_ids if 0 <= token < config.vocab_size)
         self.model = load(folder, device, pick_dtype(dtype, device, config.dtype), self.max_model_len, quantize)
 
-    def _num_blocks(self, kv_memory, block_size, max_batch_requests) -> int:
+    def _num_blocks(self, kv_memory, kv_dtype, block_size, max_batch_requests) -> int:
         c, device = self.model.config, self.device
-        block_bytes = KVCache.bytes_per_block(c.num_layers, block_size, c.num_kv_heads, c.head_dim,
-                                              self.model.dtype.itemsize)
+        block_bytes = KVCache.bytes_per_block(c.num_layers, block_size, c.num_kv_heads, c.head_dim, kv_dtype.itemsize)
         if kv_memory is None:
             kv_memory = 0.85 if device.type == "cuda" else 1 << 30
         if isinstance(kv_memory, bool) or not isinstance(kv_memory, (int, float)) or not 0 < kv_memory < math.inf:
@@ -951,7 +955,7 @@ class LLM:
 
     def describe(self) -> str:
         """One line on what runs where, so that a slow run explains itself."""
-        c, gib = self.model.config, self.cache.data.nbytes / 2**30
+        c, gib = self.model.config, self.cache.nbytes / 2**30
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         cpp, cuda = kernels.compiled(self.model.embed)
         threads = f"{torch.get_num_threads()} threads, " if self.device.type == "cpu" else ""
@@ -959,7 +963,8 @@ class LLM:
         device += f" ({threads}{'C++' if cpp else 'CUDA C++' if cuda else 'PyTorch'} kernels{graphs})"
         dtype = (f"{self.model.quantize} weights, " if self.model.quantize else "") + str(self.model.dtype)[6:]
         return (f"{c.family}, {self.model.num_parameters / 1e6:,.1f}M parameters, {dtype} on {device}, "
-                f"{self.pool.num_usable:,} KV blocks of {self.pool.block_size} tokens ({gib:.2f} GiB), at most "
+                f"{self.pool.num_usable:,} {'' if self.cache.scales is None else 'int8 '}KV blocks of "
+                f"{self.pool.block_size} tokens ({gib:.2f} GiB), at most "
                 f"{self.scheduler.max_batch_requests} requests and {self.scheduler.max_batch_tokens} tokens a step")
 
     # ---- asking ----
@@ -2348,7 +2353,7 @@ class Roofline:
         self.body = sum(math.prod(p.shape) for p in parameters(c) if len(p.shape) > 1
                         and p.name not in ("embed", "position_embed", "head")
                         and (p.expert is None or p.expert < c.experts_per_token))
-        self.kv_bytes = KVCache.bytes_per_block(c.num_layers, 1, c.num_kv_heads, c.head_dim, llm.model.dtype.itemsize)
+        self.kv_bytes = KVCache.bytes_per_block(c.num_layers, 1, c.num_kv_heads, c.head_dim, llm.cache.data.itemsize)
         self.per_pair = 4 * c.num_heads * c.head_dim * c.num_layers
         self.schedule, llm.scheduler.schedule = llm.scheduler.schedule, self._watch
 
@@ -2496,7 +2501,7 @@ Each takes --model FOLDER or hub name (default: the small model that comes along
 def make_llm(args: argparse.Namespace, model=None, **more) -> LLM:
     """An LLM from the command line's options."""
     where = {} if model else {"device": args.device, "dtype": args.dtype, "quantize": args.quantize}
-    return LLM(model or args.model, **where, kv_memory=args.kv_memory,
+    return LLM(model or args.model, **where, kv_dtype=args.kv_dtype, kv_memory=args.kv_memory,
                max_batch_tokens=args.max_batch_tokens, max_batch_requests=args.max_batch_requests,
                max_model_len=args.max_model_len, graphs=not args.no_graphs,
                seed=random.getrandbits(63) if args.seed is None else args.seed, **more)
@@ -2549,6 +2554,7 @@ def parser_for(command: str) -> argparse.ArgumentParser:
     engine.add_argument("--device", default="auto", help="cpu, cuda or mps; otherwise the best there is")
     engine.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)}; otherwise what suits model and device")
     engine.add_argument("--quantize", choices=LOW_BITS, help="round the weights to 8 or 4 bits while loading")
+    engine.add_argument("--kv-dtype", default="auto", choices=KV_DTYPES, help="int8: about twice the tokens in its memory")
     engine.add_argument("--kv-memory", type=parse_memory, help="of the KV cache: 512MiB, 2GB, or a fraction of what is free")
     engine.add_argument("--max-batch-tokens", type=int, help="token budget of a step")
     engine.add_argument("--max-batch-requests", type=int, help="requests that run at once (256)")

@@ -53,16 +53,19 @@ def seconds(work, repeat: int = 20, runs: int = 5, captured: bool = True) -> flo
     return statistics.median(times)
 
 
-def attention(batch: int, length: int, device, heads=32, kv_heads=8, D=128, block_size=16) -> tuple[float, int]:
+def attention(batch: int, length: int, device, int8=False, heads=32, kv_heads=8, D=128, block_size=16) -> tuple[float, int]:
     """Decoding: (seconds, bytes of keys and values) of one layer's attention for `batch` requests of `length` tokens."""
     blocks = batch * -(-length // block_size)
-    caches = [torch.randn(blocks + 1, block_size, kv_heads, D, device=device).bfloat16() for _ in "kv"]
+    caches, scales = [torch.randn(blocks + 1, block_size, kv_heads, D, device=device).bfloat16() for _ in "kv"], None
+    if int8:
+        caches = [(cache * 30).to(torch.int8) for cache in caches]
+        scales = tuple(torch.rand(blocks + 1, kv_heads, block_size, device=device).bfloat16() / 30 for _ in "kv")
     tables = (torch.randperm(blocks, device=device).int() + 1).view(batch, -1)
     lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
     start = torch.arange(batch + 1, dtype=torch.int32, device=device)
     q = torch.randn(batch, heads, D, device=device).bfloat16()
-    taken = seconds(lambda: kernels.paged_attention(q, *caches, tables, lengths, start, D**-0.5))
-    return taken, 2 * batch * length * kv_heads * D * 2
+    taken = seconds(lambda: kernels.paged_attention(q, *caches, tables, lengths, start, D**-0.5, scales=scales))
+    return taken, 2 * batch * length * kv_heads * (D + 2 if int8 else 2 * D)
 
 
 def products(device, inputs: int, outputs: int, rows: int, copies: int) -> dict[str, float]:
@@ -118,6 +121,9 @@ def main(tiny: bool, only_kernels: bool) -> None:
         taken, moved = attention(batch, length, device)
         share = moved / taken / bandwidth
         print(f"decode attention, {batch} x {length:,}: {taken * 1e6:,.1f} us, {100 * share:.0f} % of the copy's bandwidth")
+        low, moved = attention(batch, length, device, int8=True)
+        share = moved / low / bandwidth
+        print(f"  int8 cache: {low * 1e6:,.1f} us, {100 * share:.0f} % of the bandwidth, {taken / low:.2f} times as fast")
     for rows in (1, 8):
         for inputs, outputs in ((128, 48),) if tiny else ((4096, 6144), (4096, 28672), (14336, 4096)):
             taken = products(device, inputs, outputs, rows, copies=1 if tiny else 6)
@@ -131,6 +137,7 @@ def main(tiny: bool, only_kernels: bool) -> None:
         return command("nanoserve.py", "bench", "--shape", "qwen3-small", "--requests", "1", "--input-len", "4",
                        "--output-len", "2", "--runs", "1")
     command("nanoserve.py", "bench", "--shape", "qwen3-0.6b", "--nano-vllm", "--compare", "transformers")
+    command("nanoserve.py", "bench", "--shape", "qwen3-0.6b", "--nano-vllm", "--kv-dtype", "int8")
     for low in ([], ["--quantize", "int8"], ["--quantize", "int4"]):
         command("nanoserve.py", "bench", "--shape", "llama-3.1-8b", "--requests", "1", "--input-len", "128",
                 "--output-len", "256", "--max-model-len", "8192", *low)

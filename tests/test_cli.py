@@ -100,6 +100,11 @@ def test_options_reach_the_sampler(options, llm, capsys):
         assert capsys.readouterr().out == "Once upon" + llm.generate("Once upon", params)[0].text + "\n"
 
 
+def test_the_cache_can_be_int8(options):
+    args = nanoserve.parser_for("serve").parse_args([*options, "--kv-dtype", "int8"])
+    assert nanoserve.make_llm(args).cache.data.dtype is torch.int8
+
+
 def test_ctrl_c_ends_cleanly(options, monkeypatch, capsys):
     def stream(self, prompt, params):
         yield " a"
@@ -131,7 +136,7 @@ def test_a_command_that_does_not_come_first_is_no_prompt(capsys):
 
 @pytest.mark.parametrize("argv", [["hi", "--tempurature", "1"], ["hi", "--top-k", "many"], ["generate"],
                                   ["bench", "--shape", "cube"], ["bench", "--input-len", "9..3"],
-                                  ["hi", "--kv-memory", "lots"]], ids=str)
+                                  ["hi", "--kv-memory", "lots"], ["hi", "--kv-dtype", "int4"]], ids=str)
 def test_wrong_options_exit_with_2(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         main(argv)

@@ -5,6 +5,7 @@ is about what runs them: that the emulation notices what a GPU would leave undef
 run, that they compile, and that the engine gets the same tokens from them.
 """
 
+import itertools
 import os
 import random
 import re
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 import kernels
-from nanoserve import LLM, DecodeGraphs, SamplingParams
+from nanoserve import LLM, DecodeGraphs, KVCache, SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tutorial"))
 import cuda_on_cpu  # noqa: E402
@@ -80,8 +81,8 @@ def test_sample_reaches_every_kept_token_and_no_other():
 
 @needs_compiler
 @pytest.mark.parametrize("num_sms", [1, 8, 64])
-@pytest.mark.parametrize("window", [0, 70])
-def test_the_number_of_splits_does_not_change_attention(num_sms, window, monkeypatch):
+@pytest.mark.parametrize("window, int8", [(0, False), (70, False), (70, True)])
+def test_the_number_of_splits_does_not_change_attention(num_sms, window, int8, monkeypatch):
     """Wide tables and many multiprocessors: up to sixteen splits, most of which see nothing of the short requests."""
     monkeypatch.setattr(cuda_on_cpu.CudaOnCpu, "num_sms", num_sms)
     launched = record_launches(monkeypatch)
@@ -90,7 +91,12 @@ def test_the_number_of_splits_does_not_change_attention(num_sms, window, monkeyp
     tables = torch.tensor(random.Random(0).sample(range(1, 160), 4 * 35)).view(4, 35).int().repeat(1, 8)
     tables[3] = torch.arange(280) % 159 + 1
     q = torch.randn(4, 6, D, generator=torch.Generator().manual_seed(2))
-    arguments = (q, *caches, tables, torch.tensor(lengths).int(), torch.arange(5).int(), D**-0.5, window)
+    scales = None
+    if int8:
+        (caches[0], k_scales), (caches[1], v_scales) = (kernels.quantize_kv(c.flatten(0, 1)) for c in caches)
+        caches = [c.view(80 * 2, block_size, 2, D) for c in caches]
+        scales = tuple(s.view(80 * 2, block_size, 2).transpose(1, 2).contiguous() for s in (k_scales, v_scales))
+    arguments = (q, *caches, tables, torch.tensor(lengths).int(), torch.arange(5).int(), D**-0.5, window, scales)
     expected = kernels.paged_attention(*arguments)
     with cuda_on_cpu.enabled():
         torch.testing.assert_close(kernels.paged_attention(*arguments), expected, rtol=1e-5, atol=1e-5)
@@ -113,9 +119,10 @@ def record_launches(monkeypatch):
 # ---- the engine ----
 
 
-def tell(device="cpu", **options):
+def tell(device="cpu", kv_dtype="auto", **options):
     """Tokens of a run with chunked prompts, decoding and preemption, greedy and sampled requests side by side."""
-    llm = LLM(device=device, dtype="float32", max_batch_tokens=24, kv_memory=6 * 65_536, **options)
+    memory = 6 * KVCache.bytes_per_block(4, 16, 2, 64, 1 if kv_dtype == "int8" else 4)
+    llm = LLM(device=device, dtype="float32", kv_dtype=kv_dtype, max_batch_tokens=24, kv_memory=memory, **options)
     prompts = ["Once upon a time there was a fox", "Long ago", "The", "What colour was the kite? " * 6]
     params = [SamplingParams(max_tokens=24, ignore_eos=True, temperature=t, top_k=k, top_p=p, seed=3)
               for t, k, p in ((0, 0, 1.0), (0.9, 0, 1.0), (0.7, 20, 0.9), (0, 0, 1.0))]
@@ -125,11 +132,12 @@ def tell(device="cpu", **options):
 
 
 @needs_compiler
-@pytest.mark.parametrize("reverse", [False, True], ids=["", "reversed"])
-def test_the_engine_gets_the_same_tokens_from_the_cuda_kernels(reverse, monkeypatch):
-    expected, launched = tell(), record_launches(monkeypatch)
+@pytest.mark.parametrize("reverse, kv_dtype", [(False, "auto"), (True, "auto"), (False, "int8")],
+                         ids=["", "reversed", "int8"])
+def test_the_engine_gets_the_same_tokens_from_the_cuda_kernels(reverse, kv_dtype, monkeypatch):
+    expected, launched = tell(kv_dtype=kv_dtype), record_launches(monkeypatch)
     with cuda_on_cpu.enabled(reverse):
-        assert tell() == expected
+        assert tell(kv_dtype=kv_dtype) == expected
     assert {name for name, _ in launched} >= {"add_norm", "silu_mul", "rope_and_write_kv", "paged_attention", "sample"}
 
 
@@ -138,8 +146,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU her
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_gpu_gets_the_same_tokens():
-    assert tell("cuda") == tell()
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_a_gpu_gets_the_same_tokens(kv_dtype):
+    assert tell("cuda", kv_dtype) == tell("cpu", kv_dtype)
 
 
 def come_and_go(device, **options):
@@ -154,7 +163,8 @@ def come_and_go(device, **options):
     return [out.token_ids for out in llm.generate(prompts, params)], llm
 
 
-def test_padded_batches_get_the_same_tokens(monkeypatch):
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_padded_batches_get_the_same_tokens(kv_dtype, monkeypatch):
     """All of decode graphs but the graph: what a replay would do is done again, on the CPU, over the same memory."""
     sizes = Counter()
 
@@ -168,17 +178,18 @@ def test_padded_batches_get_the_same_tokens(monkeypatch):
         return replay, logits
 
     monkeypatch.setattr(DecodeGraphs, "_capture", capture)
-    tokens, llm = come_and_go("cpu", graphs=True)
-    assert tokens == come_and_go("cpu", graphs=False)[0]
+    tokens, llm = come_and_go("cpu", graphs=True, kv_dtype=kv_dtype)
+    assert tokens == come_and_go("cpu", graphs=False, kv_dtype=kv_dtype)[0]
     assert sorted(sizes) == llm.graphs.sizes == [1, 2, 4, 8, 16, 21]
 
 
 @pytest.mark.gpu
 @needs_gpu
-def test_graphs_on_and_off_agree():
-    (tokens, llm), (eager, other) = (come_and_go("cuda", graphs=graphs) for graphs in (True, False))
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_graphs_on_and_off_agree(kv_dtype):
+    (tokens, llm), (eager, other) = (come_and_go("cuda", graphs=graphs, kv_dtype=kv_dtype) for graphs in (True, False))
     assert llm.graphs and not other.graphs
-    assert tokens == eager == come_and_go("cpu")[0]
+    assert tokens == eager == come_and_go("cpu", kv_dtype=kv_dtype)[0]
 
 
 @pytest.mark.gpu
@@ -194,16 +205,20 @@ def test_low_bit_weights_can_be_captured(quantize):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("n", [1, 3, 5, 9, 13])
-def test_padded_rows_touch_only_the_scratch_block(n):
-    llm = LLM(device="cuda", dtype="float32", max_batch_requests=13, kv_memory=1 << 24)
+def test_padded_rows_touch_only_the_scratch_block(n, kv_dtype):
+    llm = LLM(device="cuda", dtype="float32", kv_dtype=kv_dtype, max_batch_requests=13, kv_memory=1 << 24)
     for i in range(n):
         llm.add_request([1, 6 + i, 8], SamplingParams(max_tokens=4, ignore_eos=True))
     llm.step()
-    before, owned = llm.cache.data.clone(), {request.block_table[0] for request in llm.scheduler.running}
+    owned = {request.block_table[0] for request in llm.scheduler.running}
+    tensors = [tensor for tensor in (llm.cache.data, llm.cache.scales) if tensor is not None]
+    before = [tensor.nan_to_num(7).clone() for tensor in tensors]
     llm.step()
-    changed = (llm.cache.data != before).flatten(3).any(-1).any(0).any(0).nonzero().flatten().tolist()
-    assert set(changed) <= owned | {0} and set(changed) >= owned
+    for tensor, was in zip(tensors, before):
+        changed = (tensor.nan_to_num(7) != was).flatten(3).any(-1).any(0).any(0).nonzero().flatten().tolist()
+        assert set(changed) <= owned | {0} and set(changed) >= owned
 
 
 @pytest.mark.gpu
@@ -442,9 +457,11 @@ def test_half_precision_is_converted_like_torch_does(monkeypatch):
 # ---- compiling for a GPU ----
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
-KERNELS = [("add_norm", {"N": 8}), ("silu_mul", {"N": 8}), ("rope_and_write_kv", {"D": 128}), ("sample", {}),
+KERNELS = [("add_norm", {"N": 8}), ("silu_mul", {"N": 8}), ("sample", {}),
            ("low_bit_linear", {"BITS": 8}), ("low_bit_linear", {"BITS": 4}),
-           *(("paged_attention", {"D": D, "R": R, "DECODE": R == 8}) for D in HEAD_SIZES for R in (8, 16))]
+           *(("rope_and_write_kv", {"D": 128, "INT8": int8}) for int8 in (0, 1)),
+           *(("paged_attention", {"D": D, "R": R, "DECODE": R == 8, "INT8": 0}) for D in HEAD_SIZES for R in (8, 16)),
+           *(("paged_attention", {"D": D, "R": R, "DECODE": R == 8, "INT8": 1}) for D, R in ((64, 8), (80, 8), (128, 16)))]
 
 
 @pytest.fixture
@@ -491,12 +508,13 @@ def test_nvrtc_compiles_every_kernel(arch, element, nvrtc, monkeypatch, tmp_path
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_decode_kernels_do_not_spill(arch, tmp_path):
     """Arrays that leave the registers go to memory, and memory is what decoding waits for."""
-    for D in HEAD_SIZES:
-        (path := tmp_path / "kernel.cu").write_text(kernels.cuda_source("paged_attention", "bf16", D=D, R=8, DECODE=1))
+    for D, int8 in itertools.product(HEAD_SIZES, (0, 1)):
+        source = kernels.cuda_source("paged_attention", "bf16", D=D, R=8, DECODE=1, INT8=int8)
+        (path := tmp_path / "kernel.cu").write_text(source)
         command = ["nvcc", f"-arch={arch}", "-cubin", "-Xptxas", "-v", "-o", str(tmp_path / "kernel.cubin"), str(path)]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-        assert spills == [("0", "0", "0")] * 2, (D, log)
+        assert spills == [("0", "0", "0")] * 2, (D, int8, log)
 
 
 def test_the_report_for_gpus_runs():

@@ -45,9 +45,11 @@ def engine(blocks: int = 200, *, model: GPT | None = None, tokenizer: str = "", 
     """An LLM over the toy, with at most so many blocks of four tokens."""
     model = model or (toy(400) if tokenizer else toy())
     c, size = model.config, options.setdefault("block_size", 4)
-    block = KVCache.bytes_per_block(c.num_layers, size, c.num_kv_heads, c.head_dim, model.dtype.itemsize)
+    entry = 1 if options.get("kv_dtype") == "int8" else model.dtype.itemsize
+    block = KVCache.bytes_per_block(c.num_layers, size, c.num_kv_heads, c.head_dim, entry)
     llm = LLM(model, kv_memory=(blocks + 1) * block, **{"max_batch_tokens": 64, "max_batch_requests": 16, **options})
-    llm.cache.data.fill_(math.nan)  # what was never written must never be read
+    # What was never written must never be read.
+    (llm.cache.data if llm.cache.scales is None else llm.cache.scales).fill_(math.nan)
     if tokenizer:
         llm.tokenizer = Tokenizer(TOKENIZERS / tokenizer)
     return llm
@@ -70,13 +72,15 @@ def is_clean(llm: LLM) -> bool:
 class Slow:
     """What a request must come to, computed without an engine."""
 
-    @staticmethod
+    kv_dtype = torch.float64
+
+    @classmethod
     @functools.cache
-    def logits(tokens: tuple, vocab: int = 64) -> torch.Tensor:
+    def logits(cls, tokens: tuple, vocab: int = 64) -> torch.Tensor:
         """Of every position, [len(tokens), V]: all tokens at once, in one block."""
         model, n = toy(vocab), len(tokens)
         c = model.config
-        cache = KVCache(c.num_layers, 2, n, c.num_kv_heads, c.head_dim, model.dtype, "cpu")
+        cache = KVCache(c.num_layers, 2, n, c.num_kv_heads, c.head_dim, cls.kv_dtype, "cpu")
         ids, at = torch.tensor(tokens), torch.arange(n)
         return model.forward(Batch(ids, at, n + at, *(torch.tensor(x, dtype=torch.int32) for x in ([[1]], [n], [0, n])),
                                    at), cache)
@@ -110,13 +114,19 @@ class Slow:
         return output
 
 
+class SlowInt8(Slow):
+    """Over an int8 cache a token sees itself and all before it rounded, however they got there."""
+
+    kv_dtype = torch.int8
+
+
 def tokens_of(outputs: list[Output]) -> list[list[int]]:
     return [output.token_ids for output in outputs]
 
 
-def expected(prompts, params, **more) -> list[list[int]]:
+def expected(prompts, params, slow=Slow, **more) -> list[list[int]]:
     """Slow.generate of every sample, in the order of `generate`."""
-    return [Slow.generate(prompt, p, i, **more) for prompt, p in zip(prompts, params) for i in range(p.n)]
+    return [slow.generate(prompt, p, i, **more) for prompt, p in zip(prompts, params) for i in range(p.n)]
 
 
 # ---- the interface that others build on ----
@@ -126,9 +136,10 @@ def test_names_and_defaults():
     parameters = inspect.signature(LLM).parameters
     assert list(parameters)[0] == "model" and parameters["model"].default is None
     options = {name: p.default for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    assert options.keys() == {"device", "dtype", "quantize", "kv_memory", "block_size", "max_batch_tokens",
+    assert options.keys() == {"device", "dtype", "quantize", "kv_dtype", "kv_memory", "block_size", "max_batch_tokens",
                               "max_batch_requests", "max_model_len", "policy", "prefix_caching", "graphs", "seed"}
-    fixed = {"device": "auto", "dtype": "auto", "block_size": 16, "policy": "fcfs", "prefix_caching": True, "seed": 0}
+    fixed = {"device": "auto", "dtype": "auto", "kv_dtype": "auto", "block_size": 16, "policy": "fcfs",
+             "prefix_caching": True, "seed": 0}
     assert {name: options[name] for name in fixed} == fixed
 
     def arguments(function):
@@ -185,13 +196,14 @@ CROWD = [([5, 6, 7], GREEDY),
          (list(range(20)), SamplingParams(temperature=2.0, seed=2**64 - 1, presence_penalty=3.0, n=2, max_tokens=7))]
 
 
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("circumstance", ["roomy", "alone", "tiny pool", "budget of three", "no prefix cache",
                                           "warm prefix cache", "reversed", "big blocks", "shortest first"])
-def test_tokens_do_not_depend_on_circumstances(circumstance):
+def test_tokens_do_not_depend_on_circumstances(circumstance, kv_dtype):
     options = {"tiny pool": {"blocks": 10}, "budget of three": {"max_batch_tokens": 3, "max_batch_requests": 3},
                "no prefix cache": {"prefix_caching": False}, "big blocks": {"block_size": 8},
                "shortest first": {"policy": "shortest", "max_batch_requests": 4}}.get(circumstance, {})
-    llm, crowd = engine(**options), CROWD[::-1] if circumstance == "reversed" else CROWD
+    llm, crowd = engine(kv_dtype=kv_dtype, **options), CROWD[::-1] if circumstance == "reversed" else CROWD
     prompts, params = zip(*crowd)
     if circumstance == "warm prefix cache":
         llm.generate(prompts, GREEDY)
@@ -199,7 +211,7 @@ def test_tokens_do_not_depend_on_circumstances(circumstance):
         outputs = [output for prompt, p in crowd for output in llm.generate([prompt], p)]
     else:
         outputs = finish(llm, *[llm.add_request(*each) for each in crowd])
-    assert tokens_of(outputs) == expected(prompts, params)
+    assert tokens_of(outputs) == expected(prompts, params, Slow if kv_dtype == "auto" else SlowInt8)
     assert all(output.finish_reason == "length" for output in outputs)
     stats = llm.stats()
     assert (stats["preemptions"] > 0) == (circumstance == "tiny pool")
@@ -244,6 +256,47 @@ def test_random_requests_on_a_tiny_pool(seed):
             assert out.token_ids == full
             stopped = full[-1] in p.stop_token_ids or (full[-1] in eos and not p.ignore_eos)
             assert out.finish_reason == ("stop" if stopped else "length")
+
+
+def test_an_int8_cache_is_rounded_but_nearly_the_same():
+    """If its tokens were always those of the plain cache, the test above would not show that anything is rounded."""
+    tokens = tuple(random.Random(0).choices(range(64), k=100))
+    plain, rounded = Slow.logits(tokens), SlowInt8.logits(tokens)
+    assert 1e-6 < (rounded - plain).abs().mean() / plain.std() < 0.05
+
+
+@pytest.mark.parametrize("head_dim, blocks", [(64, 193), (128, 196)])
+def test_an_int8_cache_holds_nearly_twice_the_blocks(head_dim, blocks):
+    """Per token and head a byte for each entry and two for the scale, instead of two bytes for each: 128 / 66, 256 / 130."""
+    config = ModelConfig.from_dict({**CONFIG, "head_dim": head_dim})
+    model = GPT(config, torch.bfloat16, "cpu").randomize(1)
+    memory = 100 * 2 * 2 * 16 * 2 * head_dim * 2  # 100 blocks: layers, keys and values, tokens, heads, entries, bytes
+    plain, int8 = (LLM(model, kv_dtype=kv_dtype, kv_memory=memory) for kv_dtype in ("auto", "int8"))
+    assert plain.pool.num_blocks == 100 and int8.pool.num_blocks == blocks == 100 * 2 * head_dim // (head_dim + 2)
+    assert plain.cache.nbytes == memory
+    assert int8.cache.nbytes == blocks * 2 * 2 * 16 * 2 * (head_dim + 2) == int8.cache.data.nbytes + int8.cache.scales.nbytes
+    assert f"{blocks - 1} int8 KV blocks of 16 tokens" in int8.describe() and "int8" not in plain.describe()
+
+
+def test_an_int8_cache_in_float32_on_the_model_that_comes_along():
+    """Alone and at once, or together, in chunks, and preempted: the same greedy tokens from the compiled body."""
+    prompts = ["Once upon a time there was a fox", "Long ago", "The", "What colour was the kite? " * 6]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    tight = LLM(dtype="float32", kv_dtype="int8", max_batch_tokens=24, kv_memory=6 * 4 * 2 * 16 * 2 * 66)
+    together, roomy = tokens_of(tight.generate(prompts, params)), LLM(dtype="float32", kv_dtype="int8", kv_memory=1 << 24)
+    assert together == [roomy.generate(prompt, params)[0].token_ids for prompt in prompts]
+    assert tight.stats()["preemptions"] > 0 and roomy.stats()["preemptions"] == 0
+
+
+def test_copied_blocks_take_their_scales_along():
+    cache = KVCache(2, 5, 4, 2, 8, torch.int8, "cpu")
+    cache.data.copy_(torch.arange(cache.data.numel()).view(cache.data.shape) % 251 - 125)
+    cache.scales.copy_(torch.arange(cache.scales.numel()).view(cache.scales.shape))
+    data, scales = cache.data.clone(), cache.scales.clone()
+    cache.copy_blocks({3: 1, 1: 4})  # all are read before any is written
+    for now, before in ((cache.data, data), (cache.scales, scales)):
+        assert torch.equal(now, before[:, :, [0, 4, 2, 1, 4]])
+    assert all(torch.equal(s, c) for layer, of_layer in zip(cache.layers, cache.scales) for s, c in zip(layer[2], of_layer))
 
 
 # ---- n samples, seeds ----
@@ -491,7 +544,7 @@ def test_what_just_fits_is_served():
     ({"kv_memory": 1000}, "kv_memory.*1000"), ({"kv_memory": -1}, "kv_memory"), ({"kv_memory": True}, "kv_memory"),
     ({"policy": "random"}, "policy.*random"), ({"max_batch_requests": 0}, "max_batch_requests.*0"),
     ({"max_batch_tokens": 4, "max_batch_requests": 8}, "max_batch_requests.*4.*8"),
-    ({"block_size": 0}, "block_size.*0")], ids=str)
+    ({"block_size": 0}, "block_size.*0"), ({"kv_dtype": "fp8"}, "kv_dtype: must be auto or int8, got 'fp8'")], ids=str)
 def test_impossible_engines_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         LLM(toy(), **options)

@@ -6,6 +6,7 @@ well as the cache's unwritten slots), so whatever reads or returns it shows. Whe
 need one are skipped, visibly.
 """
 
+import contextlib
 import os
 import random
 import sys
@@ -94,23 +95,32 @@ def close(actual, expected, **more):
 
 
 class Ragged:
-    """A random ragged batch over a shuffled paged cache whose unwritten slots are NaN."""
+    """A random ragged batch over a shuffled paged cache whose unwritten slots are NaN; int8: whose scales there are."""
 
-    def __init__(self, seed, dtype, lengths, news, heads, kv_heads, D, block_size, window=0):
+    def __init__(self, seed, dtype, lengths, news, heads, kv_heads, D, block_size, window=0, int8=False, v_size=1.0):
         rng = random.Random(seed)
         self.lengths, self.news, self.window, self.scale = lengths, news, window, D**-0.5
         needed = [-(-n // block_size) for n in lengths]
         order = rng.sample(range(1, sum(needed) + 3), sum(needed))
         tables = torch.zeros(len(lengths), max(needed) + 2, dtype=torch.int32)  # padding points at scratch, all NaN
         self.k, self.v = (torch.full((sum(needed) + 3, block_size, kv_heads, D), torch.nan, dtype=dtype) for _ in "kv")
+        self.scales = None
+        if int8:
+            self.k, self.v = (torch.full(self.k.shape, 99, dtype=torch.int8) for _ in "kv")
+            self.scales = tuple(torch.full((len(self.k), kv_heads, block_size), torch.nan, dtype=BF16) for _ in "kv")
         self.keys, self.values = [], []
         for b, (length, n) in enumerate(zip(lengths, needed)):
             tables[b, :n] = torch.tensor([order.pop() for _ in range(n)])
             slots = [tables[b, i // block_size] * block_size + i % block_size for i in range(length)]
             for cache, kept in ((self.k, self.keys), (self.v, self.values)):
-                x = randn(seed * 1000 + 2 * b + (cache is self.v), length, kv_heads, D, dtype=dtype)
-                cache.view(-1, kv_heads, D)[torch.stack(slots).long()] = x
-                kept.append(x.double())
+                x = randn(seed * 1000 + 2 * b + (cache is self.v), length, kv_heads, D) * (v_size if cache is self.v else 1)
+                if int8:  # what the codes stand for is what attention has to see, exactly
+                    step = (x.abs().amax(-1) / 127).to(BF16)
+                    x = (x / step[..., None]).round()
+                    at, offset = torch.stack(slots).long() // block_size, torch.stack(slots).long() % block_size
+                    self.scales[cache is self.v][at, :, offset] = step
+                cache.view(-1, kv_heads, D)[torch.stack(slots).long()] = x.to(cache.dtype)
+                kept.append(x * step.double()[..., None] if int8 else x.to(dtype).double())
         # q as a view of a wider tensor, as `rope_and_write_kv` returns it
         self.q = randn(seed + 7, sum(news), heads + 2 * kv_heads, D, dtype=dtype)[:, :heads] * 2
         self.q = torch.cat([self.q, self.q[:, :1] * torch.nan], dim=1)[:, :heads]
@@ -119,7 +129,7 @@ class Ragged:
 
     def run(self):
         return kernels.paged_attention(self.q, self.k, self.v, self.tables, self.context_lens, self.query_start,
-                                       self.scale, self.window)
+                                       self.scale, self.window, self.scales)
 
     def expected(self):
         """One query and one head at a time, in float64."""
@@ -147,6 +157,49 @@ def test_attention_of_ragged_batches(body, case):
     news = [rng.choice((1, n, rng.randint(1, n))) for n in lengths]
     batch = Ragged(case, body, lengths, news, group * (1 + case % 2), 1 + case % 2, D, block_size, window)
     close(batch.run(), batch.expected())
+
+
+@every_body
+@pytest.mark.parametrize("case", range(9))
+def test_attention_over_an_int8_cache(body, case):
+    """Mixed batches like those above, over other numbers of tokens; what is compared with is the codes' own float64."""
+    rng = random.Random(100 + case)
+    sizes = (64, 80, 24, 96, 128, 256, 16) if body is BF16 else (64, 80, 24)  # each is a kernel of its own to compile
+    D, group = sizes[case % len(sizes)], (1, 2, 3, 4, 8)[case % 5]
+    block_size, window = (1, 4, 16, 32)[case // 2 % 4], (0, 0, 5, 40)[case // 3 % 4]
+    lengths = [1, block_size, rng.randint(2, 30), rng.randint(33, 90)]
+    rng.shuffle(lengths)
+    news = [rng.choice((1, n, rng.randint(1, n))) for n in lengths]
+    batch = Ragged(case, body, lengths, news, group * (1 + case % 3), 1 + case % 3, D, block_size, window, int8=True)
+    close(batch.run(), batch.expected())
+
+
+@every_body
+@pytest.mark.parametrize("window", [0, 30])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (8, 1), (3, 3)])
+def test_decoding_over_an_int8_cache(body, heads, kv_heads, window):
+    batch = Ragged(heads, body, [1, 17, 64, 101], [1] * 4, heads, kv_heads, 64, 16, window, int8=True)
+    close(batch.run(), batch.expected())
+
+
+@every_body
+@pytest.mark.parametrize("size", [2.0**-10, 2.0**14])
+def test_small_and_large_values_keep_their_bits_in_an_int8_cache(body, size):
+    """In float16 a probability times a value's scale could underflow where the value itself would not."""
+    batch = Ragged(11, body, [90, 75], [1, 75], 4, 2, 64, 16, int8=True, v_size=size)
+    close(batch.run() / size, batch.expected() / size)
+
+
+@every_body
+def test_a_nan_in_an_int8_cache_shows_and_stays_with_its_request(body):
+    """A NaN has no code: it is in the scale. In a key's as in a value's."""
+    for which in (0, 1):
+        batch = Ragged(3, body, [9, 40, 21], [1, 12, 1], 4, 2, 64, 4, int8=True)
+        batch.scales[which][batch.tables[1, 0]] = torch.nan
+        out, expected, (a, b) = batch.run(), batch.expected(), batch.query_start[1:3]
+        assert out[a:b].isnan().all()
+        close(out[:a], expected[:a])
+        close(out[b:], expected[b:])
 
 
 @every_body
@@ -240,6 +293,84 @@ def test_rope_and_write_kv(body, D, rotary, norm):
         others = torch.ones(len(flat), dtype=torch.bool)
         others[slots] = False
         assert flat[others].isnan().all()
+
+
+@every_body
+@pytest.mark.parametrize("norm", [False, True], ids=["", "normed"])
+@pytest.mark.parametrize("D", [24, 80])
+def test_writing_into_an_int8_cache(body, D, norm):
+    """A code is at most half a step off; the largest is 127, whatever the scale's rounding; nothing else changes."""
+    T, heads, kv_heads, block_size = 29, 3, 3, 4
+    qkv = randn(1, T, heads + 2 * kv_heads, D, dtype=body)
+    qkv[3] = 0
+    qkv[4] *= 1e-3
+    qkv[5, :, 1] = torch.nan
+    q, k, v = qkv.clone().double().split([heads, kv_heads, kv_heads], dim=1)
+    positions = torch.randperm(50, generator=torch.Generator().manual_seed(1))[:T]
+    slots = torch.randperm(20 * block_size, generator=torch.Generator().manual_seed(2))[:T]
+    q_norm, k_norm = (randn(3, D, dtype=body), randn(4, D, dtype=body)) if norm else (None, None)
+    table = kernels.rope_table({"rope_theta": 100.0}, D, 50, "cpu")
+    caches = [torch.full((20, block_size, kv_heads, D), 99, dtype=torch.int8) for _ in "kv"]
+    scales = tuple(torch.full((20, kv_heads, block_size), torch.nan, dtype=BF16) for _ in "kv")
+    q_out = kernels.rope_and_write_kv(qkv.flatten(1), heads, positions, slots, table, q_norm, k_norm, 1e-6, *caches, scales)
+
+    if norm:
+        q, k = (F.rms_norm(x, (D,), w.double(), 1e-6) for x, w in ((q, q_norm), (k, k_norm)))
+    q, k = (kernels.apply_rope(x, table[positions].double()) for x in (q, k))
+    sound = torch.arange(T) != 5
+    loose = {"atol": 5e-5 if body is not BF16 else 3e-2}  # as above
+    close(q_out[sound], q[sound], **loose)
+    rounding = {BF16: 2**-7, F16: 2**-9}.get(body, 1e-4)  # of k itself before it is quantized, relative to the largest
+    for cache, scale, exact in zip(caches, scales, (k, v)):
+        codes, steps = cache.view(-1, kv_heads, D)[slots], scale[slots // block_size, :, slots % block_size].double()
+        assert steps[5].isnan().all()  # and with it whatever the codes are multiplied to
+        codes, steps, exact = codes[sound], steps[sound], exact[sound]
+        largest = exact.abs().amax(-1)
+        assert (codes.abs().amax(-1) == 127 * (largest > 0)).all()
+        assert ((steps - largest / 127).abs() <= largest / 127 * (2**-8 + rounding) + 1e-29).all()
+        error = (codes * steps[..., None] - exact).abs()
+        assert (error <= (steps / 2 * 1.001 + largest * rounding)[..., None]).all()
+        others = torch.ones(20 * block_size, dtype=torch.bool)
+        others[slots] = False
+        assert (cache.view(-1, kv_heads, D)[others] == 99).all()
+        assert scale.transpose(1, 2).flatten(0, 1)[others].isnan().all()
+
+
+def test_bodies_agree_on_codes_and_scales(monkeypatch):
+    """Bit for bit, where nothing but quantizing is done: ties, infinity, numbers that would not have a normal scale."""
+    if kernels.cpp_library(F32) is None:
+        pytest.skip("no C++ compiler here")
+    T, D = 120, 80
+    x = torch.cat([randn(1, T // 3, 3, D, dtype=F32), randn(2, T // 3, 3, D, dtype=F32) * 1e-33,
+                   (torch.arange(T * D) % 255 / 2 - 63.5).view(T // 3, 3, D)])  # of these every second one is a tie
+    x[7, 1, 9] = torch.inf
+    x[8, 2, 9] = torch.nan
+    found = []
+    for cpp, cuda in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(kernels, "use_cpp", cpp)
+        caches = [torch.full((T // 4, 4, 1, D), 99, dtype=torch.int8) for _ in "kv"]
+        scales = tuple(torch.zeros(T // 4, 1, 4, dtype=BF16) for _ in "kv")
+        rows = torch.arange(T)
+        with cuda_on_cpu.enabled() if cuda else contextlib.nullcontext():
+            kernels.rope_and_write_kv(x.flatten(1), 1, rows, rows, None, None, None, 1e-6, *caches, scales)
+        broken = [~s.isfinite().flatten() for s in scales]
+        assert [b.nonzero().flatten().tolist() for b in broken] == [[7], [8]]  # what their codes are does not matter
+        found += [[c.view(T, D)[~b] for b, c in zip(broken, caches)] + [s.flatten()[~b] for b, s in zip(broken, scales)]]
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+
+
+def test_quantized_keys_and_values_are_those_of_their_own_row():
+    """Whatever else is written with it. No entry is off by more than 1/254 of the row's largest, or a little more: the scale
+    is rounded, too.
+    """
+    x = randn(1, 50, 2, 64)
+    codes, scales = kernels.quantize_kv(x)
+    assert codes.dtype == torch.int8 and scales.dtype == BF16 and codes.shape == x.shape and scales.shape == (50, 2)
+    assert ((codes * scales.double()[..., None] - x).abs() <= x.abs().amax(-1, keepdim=True) / 254 * (1 + 2**-8)).all()
+    for i in (0, 17):
+        alone = kernels.quantize_kv(x[i : i + 1])
+        assert torch.equal(alone[0][0], codes[i]) and torch.equal(alone[1][0], scales[i])
 
 
 def test_bf16_is_rounded_to_nearest_even():

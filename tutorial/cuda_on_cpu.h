@@ -324,6 +324,7 @@ static inline unsigned fma_fp16x2(unsigned a, unsigned b, unsigned c) {
     auto one = [&](int i) { return unsigned(float_to_half(float(half(a, i) * half(b, i) + half(c, i)))); };
     return one(0) | one(1) << 16;
 }
+static inline unsigned and_xor(unsigned a, unsigned b, unsigned c) { return (a & b) ^ c; }
 static inline unsigned transpose_8x8(unsigned pair) {
     auto all = cuda::meet("movmatrix", pair);
     int row = cuda::lane_id() / 4, column = cuda::lane_id() % 4 * 2;  // of the result
