@@ -13,7 +13,8 @@ request lives in block `block_table[i // block_size]` at offset `i % block_size`
 
 Invariants (tests/test_oracle.py checks them after every step):
   * refs[b] is the number of tables that hold block b; b is in the free list exactly when refs[b] == 0.
-  * A free block keeps its contents and its place in the prefix index until it is reused, least recently freed first.
+  * A free block keeps its contents and its place in the prefix index until it is reused, least recently freed first;
+    blocks that were taken for rejected drafts come before all others.
   * Only blocks that are full *and computed* enter the index, under an exact key: no hash can collide.
   * Block 0 is scratch. Nobody owns it; rows that pad a batch write there.
 
@@ -87,6 +88,17 @@ class BlockPool:
             if self.refs[block] == 0:
                 self.free[block] = None
                 self.copies.pop(block, None)
+
+    def trim(self, table: list[int], num_tokens: int) -> None:
+        """Undo `extend`: give back what lies beyond `num_tokens` tokens, blocks that nobody shares or has published.
+
+        They go to the head of the free list, where they came from: they hold nothing that could be found again, so
+        whoever needs a block next takes them before anything that still matches a prefix.
+        """
+        while len(table) > self.blocks_for(num_tokens):
+            self.refs[table[-1]] = 0
+            self.free[table[-1]] = None
+            self.free.move_to_end(table.pop(), last=False)
 
     def fork(self, table: list[int]) -> list[int]:
         """A second table over the same blocks: sharing costs no memory until somebody writes (see `extend`)."""

@@ -46,12 +46,13 @@ import statistics
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from email.utils import formatdate
 from http import HTTPStatus
-from itertools import accumulate, chain, product
+from itertools import accumulate, chain, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,6 +70,7 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 log = logging.getLogger("nanoserve")
 DEFAULT_MODEL = Path(__file__).parent / "tutorial" / "model"
+DEFAULT_DRAFT = Path(__file__).parent / "tutorial" / "draft"
 LOW_BITS = {"int8": 8, "int4": 4}  # what weights can be quantized to: one scale per output; one per 32 inputs of it
 KV_DTYPES = ("auto", "int8")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -862,6 +864,115 @@ class DecodeGraphs:
         return logits[:n]
 
 
+# Speculative decoding. A decode step waits for the weights to come from memory, and would hardly take longer for a few
+# tokens more. So guess the next ones, compute them all in one step, and sample after each as if it were true:
+#
+#     tokens    Once upon a          the step computes  [a] [time there lived]
+#     drafts    time there lived     and samples         time there was . ...     which gives  time there was
+#
+# What is sampled after the last token is the next one, whatever was guessed. If the guess was the same, the sample after it
+# counts as well, and so on up to the first that differs: k drafts give 1 to k + 1 tokens for one step.
+#
+# Speculative sampling (Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318) accepts a draft x, drawn from q,
+# with probability min(1, p(x) / q(x)), and else draws from max(0, p - q). Where a drafter just names a token, q(x) is 1:
+# accept with probability p(x), else draw from p without x. To draw from p, and to call the draft accepted if that is what
+# came, is the same with fewer words. And as a sample here depends on nothing but (seed, position), what is drawn is what
+# would have been drawn without drafts: not only the same distribution but the same output, greedy or not, under whatever
+# penalties and filters (but for the rounding of logits, which can depend on how many rows a batch has).
+#
+# A model that drafts has a q, and with dice of its own its drafts would be accepted in sum(min(p, q)) of all cases. It gets
+# the target's dice instead: two similar distributions mostly give the same token at the same noise. So it just names a
+# token as well, and comes close to that bound: on stories 87 % at temperature 0.8 where the bound is 89 % (the likeliest
+# token of q as a draft: 77 %; tests/speculation_report.py).
+#
+# Survey B 3.1.1 · C Speculative Decoding.
+
+
+class PromptLookup:
+    """Drafts from the request's own text: what followed when its last tokens stood there before. Called (request, k).
+
+    Longer matches go first, later ones before earlier. The index of a request's n-grams grows with its tokens, so that a
+    step costs the same however long the text is. Prompt lookup decoding (Saxena 2023).
+    """
+
+    SIZES = (4, 3, 2)
+
+    def __init__(self):
+        self.indices = weakref.WeakKeyDictionary()  # request -> ({n-gram: where it ended last}, tokens seen)
+
+    def __call__(self, request: Request, k: int) -> list[int]:
+        tokens = request.tokens
+        index, done = self.indices.get(request, ({}, 1))
+        # An n-gram at the very end would find itself, so it enters only once something has followed it.
+        for end in range(done, len(tokens)):
+            for size in self.SIZES:
+                index[tuple(tokens[max(0, end - size) : end])] = end
+        self.indices[request] = index, len(tokens)
+        at = next((index[gram] for size in self.SIZES if (gram := tuple(tokens[-size:])) in index), None)
+        drafts: list[int] = []
+        if at is not None:
+            for i in range(at, at + k):  # past the end it goes on with itself: text that repeats goes on repeating
+                drafts.append(tokens[i] if i < len(tokens) else drafts[i - len(tokens)])
+        return drafts
+
+
+class UserFunction:
+    """Drafts from a function of the tokens so far, which may return a list of any length. Called (request, k)."""
+
+    def __init__(self, function: Callable[[list[int]], list[int]], vocab_size: int):
+        self.function, self.vocab_size = function, vocab_size
+
+    def __call__(self, request: Request, k: int) -> list[int]:
+        drafts = list(self.function(request.tokens.copy()))[:k]
+        for token in drafts:
+            if type(token) is not int or not 0 <= token < self.vocab_size:
+                raise ValueError(f"draft: the function proposed {token!r}, not a token id from 0 to {self.vocab_size - 1}")
+        return drafts
+
+
+class DraftModel:
+    """Drafts from a small model that walks along with the large one, through the same blocks.
+
+    Its keys and values lie in a cache of its own shape under the same block numbers: so prefix hits, forks, copies and frees
+    hold for both, and the pool knows nothing of it. For that it computes in every step what the target computes, drafts
+    or not. The one token it may lack is the last draft of a step that accepted all; so it begins one token early. That
+    rewrites keys and values which are there, or, in a block that meanwhile others share, fills them in for all of them.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache, graphs: DecodeGraphs | None = None):
+        self.model, self.cache, self.graphs, self.num_passes = model, cache, graphs, 0
+
+    def propose(self, llm: LLM, plan: list[tuple[Request, int]]) -> None:
+        """Fill in `request.drafts` as far as the plan has room: one pass for all requests for each draft position."""
+        spans = [(request, max(0, request.num_computed - 1), min(request.num_computed + n, len(request.tokens)))
+                 for request, n in plan]
+        room = {request: n - request.num_behind for request, n in plan}
+        while spans:
+            rows = [(row, request) for row, (request, *_) in zip(accumulate(end - start for _, start, end in spans), spans)
+                    if room[request] > len(request.drafts)]
+            batch = llm.lay_out(spans, [row - 1 for row, _ in rows])
+            replay = self.graphs is not None and batch.is_decode
+            logits = self.graphs.forward(batch) if replay else self.model.forward(batch, self.cache)
+            self.num_passes += 1
+            samplers = [(request, request.sample_index, len(request.drafts)) for _, request in rows]
+            spans = []
+            for (request, *_), token in zip(samplers, llm.draw(samplers, logits)):
+                if token >= 0:  # else its logits make no sense, and the target goes on without it
+                    request.drafts.append(token)
+                    end = len(request.tokens) + len(request.drafts)
+                    if room[request] > len(request.drafts):
+                        spans.append((request, end - 1, end))
+
+
+@functools.lru_cache(4096)
+def draft_length(acceptance: float, cost: float, most: int) -> int:
+    """The number of drafts, at most `most`, at which tokens per time peak, if each is accepted with this probability.
+
+    k drafts give 1 + a + ... + a^k tokens for the time of 1 + k * cost steps (arXiv:2211.17192, theorem 3.8).
+    """
+    return max(range(most + 1), key=lambda k: sum(acceptance**i for i in range(k + 1)) / (1 + k * cost))
+
+
 class LLM:
     """A model, its cache and its queue. `generate` and `stream` are loops around `step`.
 
@@ -873,14 +984,19 @@ class LLM:
     max_batch_tokens: the token budget of a step; max_batch_requests: how many requests run at once (256, or the budget)
     policy: "fcfs", "priority", "shortest", or a function of a Request whose smallest value goes first
     graphs: on a GPU, capture the decode step once per batch size and replay it
+    draft: None, or what guesses tokens ahead of the model, see above: "ngram" for the request's own text, a smaller model
+        with the same vocabulary (a folder, a name, a GPT, "default" for the one in tutorial/), or a function from a list
+        of tokens to a list of guesses; num_drafts: at most so many for a request in a step (8)
     """
 
     def __init__(self, model: str | os.PathLike | GPT | None = None, *, device: str = "auto", dtype: str = "auto",
                  quantize: str | None = None, kv_dtype: str = "auto", kv_memory: float | int | None = None,
                  block_size: int = 16, max_batch_tokens: int | None = None, max_batch_requests: int | None = None,
                  max_model_len: int | None = None, policy: str | Callable[[Request], object] = "fcfs",
-                 prefix_caching: bool = True, graphs: bool = True, seed: int = 0):
-        for name, value in (("block_size", block_size), ("max_batch_tokens", max_batch_tokens),
+                 prefix_caching: bool = True, graphs: bool = True, seed: int = 0,
+                 draft: str | os.PathLike | GPT | Callable[[list[int]], list[int]] | None = None,
+                 num_drafts: int | None = None):
+        for name, value in (("block_size", block_size), ("max_batch_tokens", max_batch_tokens), ("num_drafts", num_drafts),
                             ("max_batch_requests", max_batch_requests), ("max_model_len", max_model_len)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
@@ -903,26 +1019,33 @@ class LLM:
             keep_freed_memory()
         max_batch_requests = max_batch_requests or min(256, max_batch_tokens or 256)
         max_batch_tokens = max_batch_tokens or max(max_batch_requests, 8192 if self.device.type == "cuda" else 1024)
-        kv_dtype = torch.int8 if kv_dtype == "int8" else self.model.dtype
-        num_blocks = self._num_blocks(kv_memory, kv_dtype, block_size, max_batch_requests)
+        if num_drafts is not None and draft is None:
+            raise ValueError(f"num_drafts: {num_drafts} was given without a draft")
+        self.num_drafts, self.drafter = num_drafts or 8, self._pick_drafter(draft, folder)
+        models = [self.model, self.drafter] if isinstance(self.drafter, GPT) else [self.model]
+        kv_dtype = torch.int8 if kv_dtype == "int8" else None  # None: as the model computes
+        num_blocks = self._num_blocks(models, kv_memory, kv_dtype, block_size, max_batch_requests)
         self.pool = BlockPool(num_blocks, block_size, prefix_caching)
         self.scheduler = Scheduler(self.pool, max_batch_tokens=max_batch_tokens, max_batch_requests=max_batch_requests,
-                                   max_model_len=self.max_model_len, policy=policy)
+                                   max_model_len=self.max_model_len, policy=policy,
+                                   ridge=0 if draft is None else 128 if self.device.type == "cuda" else 16)
         try:
-            self.cache = KVCache(config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim,
-                                 kv_dtype, self.device)
+            self.cache, *others = [
+                KVCache(c.num_layers, num_blocks, block_size, c.num_kv_heads, c.head_dim, kv_dtype or m.dtype, self.device)
+                for m in models for c in (m.config,)]
         except (RuntimeError, MemoryError):
             raise ValueError(f"kv_memory: there is no room for {num_blocks:,} blocks; lower kv_memory") from None
-        self.graphs = None
-        # Only what never waits for the device can be captured: not the PyTorch attention, nor the loop over experts.
-        loops = any(isinstance(layer.gate_up, list) for layer in self.model.layers)
-        capturable = kernels.compiled(self.model.embed)[1] and config.head_dim % 16 == 0 and not loops
-        if graphs and self.device.type == "cuda" and capturable:
-            self.graphs = DecodeGraphs(self.model, self.cache, max_batch_requests, self.pool.blocks_for(self.max_model_len))
+        self.graphs = self._capture(self.model, self.cache, max_batch_requests) if graphs else None
+        # What a draft costs, in steps: one row of the target's step, and one pass of the draft model.
+        self.draft_cost = 1 / max(1, self.scheduler.ridge)
+        for cache in others:
+            model, most = self.drafter, min(max_batch_requests, self.scheduler.ridge)
+            self.draft_cost += model.num_parameters / self.model.num_parameters
+            self.drafter = DraftModel(model, cache, self._capture(model, cache, most) if graphs else None)
         self._random = random.Random(seed)
         self._plan: list[tuple[Request, int]] = []  # of the step under way, or the last one
         self._counts = dict.fromkeys(("steps", "forward_passes", "computed_tokens", "prompt_tokens", "output_tokens",
-                                      "finished", "aborted"), 0)
+                                      "finished", "aborted", "drafted", "accepted", "saved_steps"), 0)
         log.info(self.describe())
 
     def _load(self, folder, config, device, dtype, quantize):
@@ -935,9 +1058,49 @@ class LLM:
         self.eos_ids = frozenset(token for token in eos or config.eos_ids if 0 <= token < config.vocab_size)
         self.model = load(folder, device, pick_dtype(dtype, device, config.dtype), self.max_model_len, quantize)
 
-    def _num_blocks(self, kv_memory, kv_dtype, block_size, max_batch_requests) -> int:
-        c, device = self.model.config, self.device
-        block_bytes = KVCache.bytes_per_block(c.num_layers, block_size, c.num_kv_heads, c.head_dim, kv_dtype.itemsize)
+    def _pick_drafter(self, draft, folder):
+        """What drafts: a function of (request, k), or the GPT of a DraftModel to be. ValueError if it can not work."""
+        if draft is None:
+            return None
+        if draft == "ngram":
+            return PromptLookup()
+        if callable(draft):
+            return UserFunction(draft, self.model.config.vocab_size)
+        if not isinstance(draft, (str, os.PathLike, GPT)):
+            raise ValueError(f'draft: must be "ngram", a model or a function, got {type(draft).__name__}')
+        if not isinstance(draft, GPT):
+            path = find_model(DEFAULT_DRAFT if draft == "default" else draft)
+            config = ModelConfig.from_dict(read_json(path / "config.json"))
+            self._check_draft(config, config.max_len)
+            if self.tokenizer and (path / "tokenizer.json").exists():
+                if Tokenizer(path).backend.get_vocab() != self.tokenizer.backend.get_vocab():
+                    raise ValueError(f"draft: {path} has other tokens than {folder}, so it can not guess the model's")
+            return load(path, self.device, self.model.dtype, self.max_model_len)
+        self._check_draft(draft.config, draft.max_len)
+        if draft.device != self.device:
+            raise ValueError(f"draft: is on {draft.device}, the model on {self.device}")
+        return draft
+
+    def _check_draft(self, config, max_len):
+        if config.vocab_size != self.model.config.vocab_size:
+            raise ValueError(f"draft: has a vocabulary of {config.vocab_size}, the model one of "
+                             f"{self.model.config.vocab_size}; they must be the same")
+        if max_len < self.max_model_len:
+            raise ValueError(f"draft: has room for {max_len} tokens, the model for max_model_len={self.max_model_len}")
+
+    def _capture(self, model, cache, max_requests) -> DecodeGraphs | None:
+        """Only what never waits for the device can be captured: not the PyTorch attention, nor the loop over experts."""
+        c, loops = model.config, any(isinstance(layer.gate_up, list) for layer in model.layers)
+        capturable = kernels.compiled(model.embed)[1] and c.head_dim % 16 == 0 and not loops
+        if self.device.type == "cuda" and capturable:
+            return DecodeGraphs(model, cache, max_requests, self.pool.blocks_for(self.max_model_len))
+        return None
+
+    def _num_blocks(self, models, kv_memory, kv_dtype, block_size, max_batch_requests) -> int:
+        device = self.device
+        block_bytes = sum(KVCache.bytes_per_block(c.num_layers, block_size, c.num_kv_heads, c.head_dim,
+                                                  (kv_dtype or model.dtype).itemsize)
+                          for model in models for c in (model.config,))
         if kv_memory is None:
             kv_memory = 0.85 if device.type == "cuda" else 1 << 30
         if isinstance(kv_memory, bool) or not isinstance(kv_memory, (int, float)) or not 0 < kv_memory < math.inf:
@@ -960,12 +1123,18 @@ class LLM:
         cpp, cuda = kernels.compiled(self.model.embed)
         threads = f"{torch.get_num_threads()} threads, " if self.device.type == "cpu" else ""
         graphs = ", decode graphs" if self.graphs else ""
+        drafts = ""
+        if isinstance(self.drafter, DraftModel):
+            drafts = f", drafts from {self.drafter.model.num_parameters / 1e6:,.1f}M parameters"
+            gib += self.drafter.cache.nbytes / 2**30
+        elif self.drafter:
+            drafts = ", drafts from the text" if isinstance(self.drafter, PromptLookup) else ", drafts from a function"
         device += f" ({threads}{'C++' if cpp else 'CUDA C++' if cuda else 'PyTorch'} kernels{graphs})"
         dtype = (f"{self.model.quantize} weights, " if self.model.quantize else "") + str(self.model.dtype)[6:]
         return (f"{c.family}, {self.model.num_parameters / 1e6:,.1f}M parameters, {dtype} on {device}, "
                 f"{self.pool.num_usable:,} {'' if self.cache.scales is None else 'int8 '}KV blocks of "
                 f"{self.pool.block_size} tokens ({gib:.2f} GiB), at most "
-                f"{self.scheduler.max_batch_requests} requests and {self.scheduler.max_batch_tokens} tokens a step")
+                f"{self.scheduler.max_batch_requests} requests and {self.scheduler.max_batch_tokens} tokens a step{drafts}")
 
     # ---- asking ----
 
@@ -1052,6 +1221,7 @@ class LLM:
         request = Request(tokens, max_tokens, priority=priority, width=params.n, root=cache_salt,
                           reuse_prefix=params.prompt_logprobs is None, params=params)
         request.seed = self._random.getrandbits(64) if params.seed is None else params.seed % 2**64
+        request.max_drafts = self.num_drafts if self.drafter else 0
         return self.scheduler.add(request)
 
     @property
@@ -1084,10 +1254,13 @@ class LLM:
 
         steps, forward_passes · computed_tokens: rows that went through the model; prompt_tokens: those of them that
         belong to prompts; output_tokens: generated; hit_tokens: found in the prefix cache instead of computed ·
+        drafted, accepted: drafts computed, and those that came true; saved_steps: tokens beyond the first that a request got
+        in a step, each of which would have taken it another; draft_passes: forward passes of a draft model ·
         preemptions, finished, aborted · waiting, running · blocks_used, blocks_cached (free, but matching a prefix),
         blocks_free.
         """
-        return {**self._counts, "hit_tokens": self.scheduler.num_hit_tokens,
+        return {**self._counts, "draft_passes": getattr(self.drafter, "num_passes", 0),
+                "hit_tokens": self.scheduler.num_hit_tokens,
                 "preemptions": self.scheduler.num_preemptions, "waiting": self.scheduler.num_waiting,
                 "running": len(self.scheduler.running), **self.pool.stats()}
 
@@ -1102,6 +1275,8 @@ class LLM:
         self._plan = plan = self.scheduler.schedule()
         if not plan:
             return []
+        if self.drafter:
+            plan = self.propose(plan)
         batch, samplers, prompt_rows = self.pack(plan)
         replay = self.graphs is not None and batch.is_decode
         logits = self.graphs.forward(batch) if replay else self.model.forward(batch, self.cache)
@@ -1129,84 +1304,130 @@ class LLM:
                 self._counts["aborted"] += 1
         return concerned
 
-    def pack(self, plan: list[tuple[Request, int]]) -> tuple[Batch, list[tuple[Request, int]], list[tuple[Request, int]]]:
-        """Lay the planned tokens end to end. Returns the batch and whose its `rows` are: first (request, sample index) of
-        those to be sampled, then (request, position) of prompt tokens whose log-probabilities somebody asked for.
+    def propose(self, plan: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
+        """Have the drafter fill the room that the plan has for drafts. Where it offers fewer, the plan becomes shorter."""
+        for request, _ in plan:
+            request.drafts = []  # a step that failed may have left some
+            if not request.max_drafts:
+                self._adapt(request, 0, 0)
+        if isinstance(self.drafter, DraftModel):
+            self.drafter.propose(self, plan)
+        else:
+            for request, n in plan:
+                if n > request.num_behind:
+                    request.drafts = self.drafter(request, n - request.num_behind)
+        for request, n in plan:
+            if n > request.num_behind + len(request.drafts):
+                self.pool.trim(request.block_table, len(request.tokens) + len(request.drafts))
+        return [(request, min(n, request.num_behind + len(request.drafts))) for request, n in plan]
+
+    def _adapt(self, request, accepted, tried):
+        """Learn from how many of the drafts tried came true; how many to try next. Without any, hope slowly returns."""
+        request.acceptance += (accepted - tried * request.acceptance) / 8 if tried else (1 - request.acceptance) / 512
+        request.max_drafts = draft_length(round(request.acceptance, 2), self.draft_cost, self.num_drafts)
+
+    def pack(self, plan: list[tuple[Request, int]]
+             ) -> tuple[Batch, list[tuple[Request, int, int]], list[tuple[Request, int]]]:
+        """Lay the planned tokens end to end. Returns the batch and whose its `rows` are: first (request, sample index,
+        drafts before it) of those to be sampled, then (request, position) of prompt tokens whose log-probabilities
+        somebody asked for.
         """
-        self.cache.copy_blocks(self.pool.take_copies())
-        counts = np.array([n for _, n in plan])
-        computed = np.array([request.num_computed for request, _ in plan])
-        query_start = np.concatenate([[0], counts.cumsum()])
-        width = max(len(request.block_table) for request, _ in plan)
-        tables = np.full((len(plan), width), SCRATCH, dtype=np.int32)
-        tokens: list[int] = []
-        sampled: list[tuple[int, tuple[Request, int]]] = []  # (row of the batch, whose it is)
+        spans: list[tuple[Request, int, int]] = []
+        sampled: list[tuple[int, tuple[Request, int, int]]] = []  # (row of the batch, whose it is)
         prompted: list[tuple[int, tuple[Request, int]]] = []
-        for i, (request, n) in enumerate(plan):
-            start, end, row = request.num_computed, request.num_computed + n, query_start[i]
-            tokens += request.tokens[start:end]
-            tables[i, : len(request.block_table)] = request.block_table
-            if end == len(request.tokens):
-                sampled += [(row + n - 1, (request, request.sample_index + k)) for k in range(request.width)]
+        row = 0  # of the request's token 0, if it were in the batch
+        for request, n in plan:
+            start, end = request.num_computed, request.num_computed + n
+            spans.append((request, start, end))
+            row, last = row - start, len(request.tokens) - 1
+            if end > last:  # the last token and the drafts behind it
+                sampled += [(row + p, (request, request.sample_index + k, p - last))
+                            for p in range(last, end) for k in range(request.width)]
             if not request.reuse_prefix and request.num_output == 0:
-                prompted += [(row + p - start, (request, p)) for p in range(start, min(end, request.num_prompt - 1))]
-        rows = [row for row, _ in sampled + prompted]
-        owner = np.repeat(np.arange(len(plan)), counts)
-        positions = np.arange(len(tokens)) - (query_start[:-1] - computed)[owner]
+                prompted += [(row + p, (request, p)) for p in range(start, min(end, request.num_prompt - 1))]
+            row += end
+        batch = self.lay_out(spans, [row for row, _ in sampled + prompted])
+        return batch, [whose for _, whose in sampled], [whose for _, whose in prompted]
+
+    def lay_out(self, spans: list[tuple[Request, int, int]], rows: list[int]) -> Batch:
+        """The batch that computes positions start .. end-1 of each (request, start, end), with logits for `rows` of it."""
+        if copies := self.pool.take_copies():
+            for cache in (self.cache, *([self.drafter.cache] if isinstance(self.drafter, DraftModel) else [])):
+                cache.copy_blocks(copies)
+        starts, ends = np.array([span[1:] for span in spans]).T
+        counts = ends - starts
+        query_start = np.concatenate([[0], counts.cumsum()])
+        width = max(len(request.block_table) for request, *_ in spans)
+        tables = np.full((len(spans), width), SCRATCH, dtype=np.int32)
+        tokens: list[int] = []
+        for i, (request, start, end) in enumerate(spans):
+            tokens += request.tokens[start:end]
+            if request.drafts:
+                length = len(request.tokens)
+                tokens += request.drafts[max(0, start - length) : max(0, end - length)]
+            tables[i, : len(request.block_table)] = request.block_table
+        owner = np.repeat(np.arange(len(spans)), counts)
+        positions = np.arange(len(tokens)) - (query_start[:-1] - starts)[owner]
         size = self.pool.block_size
         slots = tables[owner, positions // size].astype(np.int64) * size + positions % size
 
-        parts = [tokens, positions, slots, rows, computed + counts, query_start, tables.ravel()]
+        parts = [tokens, positions, slots, rows, ends, query_start, tables.ravel()]
         packed = torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int32) for part in parts]))
         if self.device.type == "cuda":
             packed = packed.pin_memory()  # so that nobody waits for the one copy of this step
         packed = packed.to(self.device, non_blocking=True).split([len(part) for part in parts])
-        batch = Batch(*(part.long() for part in packed[:3]), packed[6].view(tables.shape), *packed[4:6], packed[3].long(),
-                      is_decode=len(tokens) == len(plan) and rows == list(range(len(tokens))))
-        return batch, [whose for _, whose in sampled], [whose for _, whose in prompted]
+        return Batch(*(part.long() for part in packed[:3]), packed[6].view(tables.shape), *packed[4:6], packed[3].long(),
+                     is_decode=len(tokens) == len(spans) and rows == list(range(len(tokens))))
 
-    def sample(self, samplers: list[tuple[Request, int]], logits: torch.Tensor
+    def sample(self, samplers: list[tuple[Request, int, int]], logits: torch.Tensor
                ) -> tuple[list[int], list[dict | None]]:
-        """For row i of logits [S, V], which belongs to samplers[i], a request and which of its samples: the next token,
-        -1 where the logits make no sense (NaN, or nothing left to choose), and the log-probabilities asked for.
+        """For row i of logits [S, V], which belongs to samplers[i] as `draw` has them: the next token, and the
+        log-probabilities asked for.
+        """
+        logprobs: list[dict | None] = [None] * len(samplers)
+        asked = [i for i, (request, *_) in enumerate(samplers) if request.params.logprobs is not None]
+        raw = logits[asked].float().log_softmax(-1) if asked else ()
+        tokens = self.draw(samplers, logits)
+        for i, row in zip(asked, raw):
+            logprobs[i] = top_logprobs(row, tokens[i], samplers[i][0].params.logprobs)
+        return tokens, logprobs
+
+    def draw(self, samplers: list[tuple[Request, int, int]], logits: torch.Tensor) -> list[int]:
+        """A token for each row of logits [S, V]; -1 where the logits make no sense (NaN, or nothing left to choose).
+
+        Row i belongs to samplers[i]: a request, which of its samples, and how many of its drafts stand before the token.
+        Whether those drafts are true or not, the token is what would be sampled if they were.
         """
         if not samplers:
-            return [], []
-        requests = [request for request, _ in samplers]
-        params = [request.params for request in requests]
-        logprobs: list[dict | None] = [None] * len(requests)
-        asked = [i for i, p in enumerate(params) if p.logprobs is not None]
-        raw = logits[asked].float().log_softmax(-1) if asked else None
-        logits = self._edit(requests, logits)
-        noise = kernels.uniform_noise(np.array([request.seed for request in requests], dtype=np.uint64),
-                                      np.array([request.num_output + (index << 32) for request, index in samplers]))
+            return []
+        params = [request.params for request, *_ in samplers]
+        logits = self._edit(samplers, logits)
+        noise = kernels.uniform_noise(np.array([request.seed for request, *_ in samplers], dtype=np.uint64),
+                                      np.array([request.num_output + j + (i << 32) for request, i, j in samplers]))
 
         def column(values, dtype):
             return torch.from_numpy(np.array(values, dtype=dtype)).to(logits.device)
 
-        tokens = kernels.sample(
+        return kernels.sample(
             logits, column([p.temperature for p in params], np.float32), column([p.top_k for p in params], np.int64),
             column([p.top_p for p in params], np.float32), column([p.min_p for p in params], np.float32),
             column(noise, np.float32 if logits.device.type == "mps" else np.float64)).tolist()
-        for i, row in zip(asked, raw if asked else ()):
-            logprobs[i] = top_logprobs(row, tokens[i], params[i].logprobs)
-        return tokens, logprobs
 
-    def _edit(self, requests, logits):
+    def _edit(self, samplers, logits):
         """Logits after biases, penalties and bans, all as one list of changes to single entries."""
         rows, tokens, edits = [], [], []
-        for i, request in enumerate(requests):
-            p, changed = request.params, {}  # token: [bias, divide, subtract]
+        for i, (request, _, num_drafts) in enumerate(samplers):
+            p, drafts, changed = request.params, request.drafts[:num_drafts], {}  # token: [bias, divide, subtract]
             for token, bias in (p.logit_bias or {}).items():
                 changed[token] = [bias, 1.0, 0.0]
             if p.presence_penalty or p.frequency_penalty:
-                for token, count in Counter(request.tokens[request.num_prompt:]).items():
+                for token, count in Counter(request.tokens[request.num_prompt:] + drafts).items():
                     edit = changed.setdefault(token, [0.0, 1.0, 0.0])
                     edit[2] = p.presence_penalty + p.frequency_penalty * count
             if p.repetition_penalty != 1:
-                for token in set(request.tokens):
+                for token in {*request.tokens, *drafts}:
                     changed.setdefault(token, [0.0, 1.0, 0.0])[1] = p.repetition_penalty
-            if request.num_output < p.min_tokens:
+            if request.num_output + num_drafts < p.min_tokens:
                 for token in self._stop_ids(p):
                     changed[token] = [-math.inf, 1.0, 0.0]
             rows += [i] * len(changed)
@@ -1226,12 +1447,28 @@ class LLM:
         """
         sampled, results = [], zip(tokens, logprobs)
         for request, n in plan:
+            drafts = request.drafts
             self._counts["prompt_tokens"] += min(n, max(0, request.num_prompt - request.num_computed))
-            if self.scheduler.advance(request, n):
+            if self.scheduler.advance(request, n - len(drafts)):
                 for sample in self.scheduler.fork(request):
                     self._append(sample, *next(results))
                     sampled.append(sample)
+                if drafts:
+                    self._verify(request, drafts.copy(), list(islice(results, len(drafts))))
         return sampled
+
+    def _verify(self, request, drafts, results):
+        """Append what was sampled after each draft, as long as the drafts are what was sampled before them."""
+        saved = 0
+        while self.scheduler.accept(request):
+            self._append(request, *results[saved])
+            saved += 1
+        # The token that ended a request may have been a draft too: a true one, but nothing was sampled after it.
+        accepted = saved + (not request.error and request.tokens[-1:] == drafts[saved : saved + 1])
+        self._counts["drafted"] += len(drafts)
+        self._counts["accepted"] += accepted
+        self._counts["saved_steps"] += saved
+        self._adapt(request, accepted, min(accepted + 1, len(drafts)))
 
     def _append(self, request, token, logprobs):
         p = request.params
@@ -2343,7 +2580,8 @@ class Roofline:
     """Adds up, step by step, the least time that the work could take: the larger of bytes / bandwidth and FLOPs / rate.
 
     Bytes: all weights once a step, as they are stored, and each request's keys and values once. FLOPs: two per weight
-    and token (the output layer only for sampled rows) and four per query, key, head and dimension. Survey B 2.3.
+    and token (the output layer only for sampled rows) and four per query, key, head and dimension. What a draft model does
+    is not the work, but a way to it. Survey B 2.3.
     """
 
     def __init__(self, llm: LLM, bandwidth: float, flops: float):
@@ -2355,21 +2593,20 @@ class Roofline:
                         and (p.expert is None or p.expert < c.experts_per_token))
         self.kv_bytes = KVCache.bytes_per_block(c.num_layers, 1, c.num_kv_heads, c.head_dim, llm.cache.data.itemsize)
         self.per_pair = 4 * c.num_heads * c.head_dim * c.num_layers
-        self.schedule, llm.scheduler.schedule = llm.scheduler.schedule, self._watch
+        self.pack, llm.pack = llm.pack, self._watch
 
-    def _watch(self):
-        plan = self.schedule()
-        tokens, sampled = sum(n for _, n in plan), sum(request.num_behind == n for request, n in plan)
+    def _watch(self, plan):
+        tokens, sampled = sum(n for _, n in plan), sum(max(0, n - request.num_behind + 1) for request, n in plan)
         pairs = sum(n * request.num_computed + n * (n + 1) // 2 for request, n in plan)
         context = sum(request.num_computed + n for request, n in plan)
         moved = (self.body + self.head) * self.weight_bytes + context * self.kv_bytes
         flops = 2 * (self.body * tokens + self.head * sampled) + self.per_pair * pairs
-        self.seconds += max(moved / self.bandwidth, flops / self.flops) if plan else 0.0
-        return plan
+        self.seconds += max(moved / self.bandwidth, flops / self.flops)
+        return self.pack(plan)
 
     def close(self) -> float:
         """Stop watching; returns the seconds."""
-        self.llm.scheduler.schedule = self.schedule
+        self.llm.pack = self.pack
         return self.seconds
 
 
@@ -2456,7 +2693,7 @@ def bench(args: argparse.Namespace) -> None:
         peer.run()  # warm up
     print(f"this machine, now: {bandwidth / 1e9:.1f} GB/s copying, {flops / 1e9:,.0f} GFLOP/s multiplying")
     run_workload(llm, work[: max(2, len(work) // 4)])  # warm up: allocations, first use of kernels
-    runs, theirs, floor = [], [], 0.0
+    runs, theirs, floor, before = [], [], 0.0, llm.stats()
     for _ in range(args.runs):
         llm.pool.forget()  # the same prompts again would all be prefix hits
         roofline = Roofline(llm, bandwidth, flops)
@@ -2475,6 +2712,10 @@ def bench(args: argparse.Namespace) -> None:
         if len(samples):
             print(f"{name.upper():11s} p50 {np.percentile(samples, 50):,.1f}   p90 {np.percentile(samples, 90):,.1f}   "
                   f"p99 {np.percentile(samples, 99):,.1f} ms")
+    if llm.drafter:
+        new = {name: count - before[name] for name, count in llm.stats().items()}
+        print(f"drafts      {new['accepted']:,} of {new['drafted']:,} accepted; a request takes "
+              f"{1 - new['saved_steps'] / new['output_tokens']:.2f} steps a token")
     print(f"roofline    {100 * floor / seconds:.0f} % (the work's floor on this machine is {num_out / floor:,.0f} tok/s)")
     print(f"peak memory {peak:.2f} GiB" + (" (with the peer's)" if peer and device.type != "cuda" else ""))
     if theirs:
@@ -2503,7 +2744,7 @@ def make_llm(args: argparse.Namespace, model=None, **more) -> LLM:
     where = {} if model else {"device": args.device, "dtype": args.dtype, "quantize": args.quantize}
     return LLM(model or args.model, **where, kv_dtype=args.kv_dtype, kv_memory=args.kv_memory,
                max_batch_tokens=args.max_batch_tokens, max_batch_requests=args.max_batch_requests,
-               max_model_len=args.max_model_len, graphs=not args.no_graphs,
+               max_model_len=args.max_model_len, graphs=not args.no_graphs, draft=args.draft, num_drafts=args.num_drafts,
                seed=random.getrandbits(63) if args.seed is None else args.seed, **more)
 
 
@@ -2559,6 +2800,9 @@ def parser_for(command: str) -> argparse.ArgumentParser:
     engine.add_argument("--max-batch-tokens", type=int, help="token budget of a step")
     engine.add_argument("--max-batch-requests", type=int, help="requests that run at once (256)")
     engine.add_argument("--max-model-len", type=int, help="longest prompt and output together")
+    engine.add_argument("--draft", help='guess tokens ahead: "ngram" from the text itself, "default" with the small draft '
+                        "model that comes along, or a folder or hub name of a model with the same vocabulary")
+    engine.add_argument("--num-drafts", type=int, help="at most so many for a request in a step (8)")
     engine.add_argument("--no-graphs", action="store_true", help="on a GPU: launch each kernel, for debugging")
     engine.add_argument("--seed", type=int, default=0 if command == "bench" else None, help="same seed, same text")
     if command == "bench":

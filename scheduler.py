@@ -9,16 +9,21 @@ Whoever gets there has one sampled token appended, and is one behind again. A ne
 request is one behind, a preempted one is far behind once more. Chunked prefill, mixed batches, prefix hits and resuming
 after preemption are all this one inequality, and nothing below asks which of them it is looking at.
 
+A draft is a guess at a token that is not there yet, computed all the same: a request with k drafts computes k more
+tokens in the same step, and samples k + 1 times instead of once. A guess that comes true is a token that is computed
+already: the request has caught up again (`accept`). Drafts only fill what a step has left over, see `_plan_drafts`.
+
                      add                 schedule                    advance, append
         (client) ───────────► waiting ───────────────► running ───────────────────────────► finished
                                  ▲                        │
                                  └──── preempt: blocks freed, num_computed = 0, tokens kept
 
 Invariants (numbered as the tests quote them):
-  1. 0 <= num_computed <= len(tokens); a step computes tokens[num_computed : num_computed + n], n >= 1.
-  2. A request samples in a step exactly when that step brings it to len(tokens).
+  1. 0 <= num_computed <= len(tokens); a step computes (tokens + drafts)[num_computed : num_computed + n], n >= 1.
+  2. A request samples in a step exactly when that step brings it to len(tokens), and once more for each draft accepted.
   3. The block table covers num_computed + n tokens before the step runs.
   7. The n of a step add up to at most the token budget; running requests <= their limit; running go before waiting.
+     Nobody waits, shrinks or is preempted for a draft; no draft makes a step longer than `ridge` tokens.
   8. Nothing generated is ever lost.
   9. After the last request ends every block is free.
 
@@ -57,6 +62,8 @@ class Request:
         self.reuse_prefix = reuse_prefix  # False: compute every prompt token, as prompt logprobs need
         self.params = params
         self.num_computed = 0
+        self.max_drafts = 0  # how many drafts it would take in the next step; whoever drives the scheduler adapts it
+        self.drafts: list[int] = []  # those of the step under way, empty between steps
         self.block_table: list[int] = []
         self.status = WAITING
         self.finish_reason: str | None = None  # "stop" | "length" | "abort" once finished
@@ -67,6 +74,7 @@ class Request:
         self.samples = [self]  # the requests this one was forked into, itself first
         self.sample_index = 0
         self.seed = 0
+        self.acceptance = 1.0  # share of its drafts that come true, as far as one can tell
         self.logprobs: list[dict[int, float]] = []
         self.prompt_logprobs: list[dict[int, float] | None] = []
         self.ended_by_token = False  # the last token is a stop token, and not part of the text
@@ -101,7 +109,7 @@ class Scheduler:
     """Two queues over one `BlockPool`: `waiting`, in order of urgency, and `running`, in order of admission."""
 
     def __init__(self, pool: BlockPool, *, max_batch_tokens: int, max_batch_requests: int, max_model_len: int,
-                 policy: str | Callable[[Request], object] = "fcfs"):
+                 policy: str | Callable[[Request], object] = "fcfs", ridge: int = 0):
         if not callable(policy) and policy not in POLICIES:
             raise ValueError(f"policy: {policy!r} is not one of {', '.join(POLICIES)}, nor a function of a request")
         if not 1 <= max_batch_requests <= max_batch_tokens:
@@ -110,6 +118,9 @@ class Scheduler:
         self.pool, self.policy = pool, POLICIES[policy] if isinstance(policy, str) else policy
         self.max_batch_tokens, self.max_batch_requests = max_batch_tokens, max_batch_requests
         self.max_model_len = max_model_len
+        # Up to so many tokens a step takes no longer than for one, as it waits for the weights from memory (the ridge of
+        # the roofline); beyond, each takes its time, and a draft costs what it could save.
+        self.ridge = ridge
         self.running: list[Request] = []
         self._heap: list[tuple[tuple, Request]] = []  # waiting; holds aborted requests until they surface
         self.num_waiting = 0
@@ -200,6 +211,8 @@ class Scheduler:
             self._plan(plan, request, n)
             budget -= n
             places -= request.width
+        if self.ridge:
+            self._plan_drafts(plan, budget)
         return list(plan.items())
 
     def advance(self, request: Request, n: int) -> bool:
@@ -210,6 +223,20 @@ class Scheduler:
         for i in filled:
             self.pool.publish(request.block_table, i, request.tokens, request.root)
         return request.num_behind == 0
+
+    def accept(self, request: Request) -> bool:
+        """Whether the token just appended is the next draft, and so computed already: the request samples once more.
+
+        If not, or if it has ended, the remaining drafts were for nothing: they are forgotten, and the blocks given back
+        that only they needed. They never count as computed, so nothing of them was published.
+        """
+        if request.status == RUNNING and request.drafts and request.drafts[0] == request.tokens[-1]:
+            del request.drafts[0]
+            return self.advance(request, 1)
+        if request.drafts:
+            request.drafts = []
+            self.pool.trim(request.block_table, request.num_computed)
+        return False
 
     def fork(self, request: Request) -> list[Request]:
         """Split a request of width n that has computed its prompt into n requests that share its blocks."""
@@ -256,6 +283,23 @@ class Scheduler:
             assert len(request.block_table) >= self.pool.blocks_for(request.num_computed), request
         assert not any(request.block_table for request in self.waiting)
         assert len(self.waiting) == self.num_waiting
+
+    def _plan_drafts(self, plan, budget):
+        """Raise n by up to `max_drafts` where a request catches up: with what everybody else has left, in equal shares.
+
+        The last token a request may generate is never a draft: the step that accepts all before it samples it.
+        """
+        spare = min(budget, self.ridge - sum(plan.values()))
+        takers = [request for request, n in plan.items()
+                  if request.max_drafts and n == request.num_behind and request.width == 1]
+        for i, request in enumerate(takers):
+            end = len(request.tokens)
+            room = (len(request.block_table) + self.pool.num_free) * self.pool.block_size - end
+            share = -(-spare // (len(takers) - i))
+            n = min(request.max_drafts, share, room, request.max_tokens - request.num_output - 1)
+            if n > 0:
+                self._plan(plan, request, plan[request] + n)
+                spare -= n
 
     def _plan(self, plan, request, n):
         self.pool.extend(request.block_table, request.num_computed, request.num_computed + n)

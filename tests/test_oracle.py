@@ -11,6 +11,7 @@ broken pass. The second half of the file plants bugs to show that the first half
 
 import random
 from collections import Counter
+from contextlib import contextmanager
 from hashlib import md5
 from pathlib import Path
 from types import ModuleType
@@ -44,7 +45,8 @@ def long_first(request) -> tuple:
 class Oracle:
     """A random workload (from `seed`) on a random small pool, driven like an engine drives it and checked all along.
 
-    The fake model looks at `request.sample_index`, so that the n samples of one prompt go different ways.
+    The fake model looks at `request.sample_index`, so that the n samples of one prompt go different ways. Drafts are its
+    true next tokens up to a random one.
     """
 
     late_copies = False  # a planted bug of the driver rather than of the modules, see the mutants
@@ -72,6 +74,8 @@ class Oracle:
         elif scene == "samples":  # many blocks are shared and copied, and somebody always hangs up
             self.size, self.limit, self.widths, self.abort_rate = rng.randint(2, 4), 6, (2, 3), 0.2
             self.budget = max(self.budget, self.limit)
+        self.ridge = rng.choice((0, self.budget, rng.randint(1, 12)))
+        self.max_drafts = rng.randint(1, 5) if self.ridge else 0
         self.caching = rng.random() < 0.9
         self.roots = rng.choice(((None,), (None, "tenant")))
         self.bases = [[rng.randint(0, 1) for _ in range(self.max_len + 2)] for _ in range(rng.randint(1, 3))]
@@ -79,7 +83,7 @@ class Oracle:
         self.Request = scheduler.Request
         self.pool = cache.BlockPool(self.usable + 1, self.size, prefix_caching=self.caching)
         self.scheduler = scheduler.Scheduler(self.pool, max_batch_tokens=self.budget, max_batch_requests=self.limit,
-                                             max_model_len=self.max_len, policy=policy)
+                                             max_model_len=self.max_len, policy=policy, ridge=self.ridge)
         self.memory = {(b, o): GARBAGE for b in range(self.usable + 1) for o in range(self.size)}
         self.alive: list = []  # requests that have not finished
         self.urgency: dict = {}  # request -> its urgency when it was added, which must never change
@@ -123,6 +127,7 @@ class Oracle:
         max_tokens = min(rng.randint(1, self.max_tokens), max(1, self.max_len - length + (rng.random() < 0.1)))
         request = self.Request(prompt, max_tokens, priority=rng.randint(0, 9), root=rng.choice(self.roots),
                                width=rng.choice(self.widths), reuse_prefix=rng.random() < 0.9)
+        request.max_drafts = rng.randint(0, self.max_drafts)
         total = len(prompt) + max_tokens
         possible = total <= self.max_len and total - 1 <= self.usable * self.size and request.width <= self.limit
         try:
@@ -163,12 +168,14 @@ class Oracle:
     # ------------------------------------------------------------------------------------------------ the engine
 
     def step(self) -> None:
-        """schedule, copy, write, attend, commit; a request may be aborted in between at any point."""
+        """schedule, draft, copy, write, attend, commit; a request may be aborted in between at any point."""
         before = {request: (request.status, tuple(request.tokens)) for request in self.alive}
         self.fresh, self.made_room = set(), []
         plan = self.scheduler.schedule()
         self.check_plan(plan, before)
         self.abort()
+        for request, n in plan:
+            request.drafts = self.draft(request, n - request.num_behind) if request.status == "running" else []
         self.pool.check([request.block_table for request in self.scheduler.running])
         plan = [(request, n) for request, n in plan if request.status == "running"]
 
@@ -186,13 +193,14 @@ class Oracle:
                 slot = self.slot(request.block_table, i)
                 assert slot not in written, f"two requests write slot {slot}"
                 written.add(slot)
-                self.memory[slot] = (request.root, request.tokens[: i + 1])
+                self.memory[slot] = (request.root, (request.tokens + request.drafts)[: i + 1])
         if self.late_copies:
             for target, source in self.pool.take_copies().items():
                 self.memory.update({(target, o): self.memory[source, o] for o in range(self.size)})
 
         for request, n in plan:
-            self.check_slots(request.block_table, request.tokens[: request.num_computed + n], request.root)
+            computed = (request.tokens + request.drafts)[: request.num_computed + n]
+            self.check_slots(request.block_table, computed, request.root)
 
         self.abort()
         for request, n in plan:
@@ -200,19 +208,24 @@ class Oracle:
                 self.commit(request, n)
         self.check_between_steps()
 
+    def draft(self, request, k: int) -> list[int]:
+        """k guesses at the next tokens, true ones up to a random place."""
+        tokens = request.tokens.copy()
+        for _ in range(k):
+            tokens.append(model(request.root, tokens, request.sample_index))
+        drafts = tokens[len(request.tokens) :]
+        if k > 0 and (wrong := self.rng.randint(0, k)) < k:
+            drafts[wrong] ^= 1
+        return drafts
+
     def commit(self, request, n: int) -> None:
-        """Advance one request by n tokens, and sample if that brought it to its end."""
-        start, end, length = request.num_computed, request.num_computed + n, len(request.tokens)
-        # Of two equal blocks the index knows the first. Once that is reused, whoever holds the second builds on a chain
-        # that nobody can find: reuse is lost, nothing is wrong. So expect a hit only while the chain is the same.
-        chained = start < self.size or (request in self.chain and self.match_computed(request) is self.chain[request])
-        samples = self.scheduler.advance(request, n)
+        """Advance one request by n tokens, and sample if that brought it to its end, once more for each true draft."""
+        n, drafts = n - len(request.drafts), len(request.drafts)
+        end, length = request.num_computed + n, len(request.tokens)
+        with self.publishing(request):
+            samples = self.scheduler.advance(request, n)
         assert request.num_computed == end and len(request.tokens) == length
         assert samples == (end == length), f"samples at the wrong time: {request}"
-        self.chain.pop(request, None)
-        if chained and self.caching:
-            self.chain[request] = self.match_computed(request)
-            assert len(self.chain[request]) == end // self.size, f"computed but not published: {request}"
         if not samples:
             self.tally["chunks"] += 1
             return
@@ -225,10 +238,43 @@ class Oracle:
             self.chain.update({child: self.chain[request]} if request in self.chain else {})
             self._enter(child)
         for member in group:
-            member.tokens.append(model(member.root, member.tokens, member.sample_index))
-            if member.num_output == member.max_tokens:
-                self.finish(member, "length")
-                self.tally["finished"] += 1
+            self.append(member)
+        if not drafts:
+            return
+        while True:
+            if request.status == "running" and self.rng.random() < self.abort_rate:  # as a stop token would end it
+                self.finish(request, "abort")
+                self.tally["ended before a draft"] += drafts > 0
+            with self.publishing(request):
+                accepted = self.scheduler.accept(request)
+            if not accepted:
+                break
+            assert request.num_computed == len(request.tokens), f"samples at the wrong time: {request}"
+            self.tally["accepted"], drafts = self.tally["accepted"] + 1, drafts - 1
+            self.append(request)
+        assert request.drafts == [] and (request.status == "finished" or request.num_behind == 1), f"left over: {request}"
+        self.tally["rejected"] += drafts
+
+    @contextmanager
+    def publishing(self, request):
+        """Within this a request's `num_computed` may grow. What it then has computed must be found."""
+        # Of two equal blocks the index knows the first. Once that is reused, whoever holds the second builds on a chain
+        # that nobody can find: reuse is lost, nothing is wrong. So expect a hit only while the chain is the same.
+        chained = request.num_computed < self.size or (
+            request in self.chain and self.match_computed(request) is self.chain[request])
+        yield
+        self.chain.pop(request, None)
+        if chained and self.caching and request.status == "running":
+            self.chain[request] = self.match_computed(request)
+            found = len(self.chain[request])
+            assert found == request.num_computed // self.size, f"computed but not published: {request}"
+
+    def append(self, request) -> None:
+        """What follows a sample."""
+        request.tokens.append(model(request.root, request.tokens, request.sample_index))
+        if request.num_output == request.max_tokens:
+            self.finish(request, "length")
+            self.tally["finished"] += 1
 
     # ------------------------------------------------------------------------------------------------ the checks
 
@@ -250,11 +296,16 @@ class Oracle:
         preempted = [r for r, (status, _) in before.items() if status == "running" != r.status]
         admitted = [r for r, (status, _) in before.items() if status == "waiting" != r.status]
         total = sum(given.values())
+        drafted = {request: n - request.num_behind for request, n in plan if n > request.num_behind}
+        base = total - sum(drafted.values())
         assert total <= self.budget, "more tokens than the budget"
+        assert not drafted or total <= self.ridge, "drafts make the step compute-bound"
+        assert all(n <= request.max_drafts and request.width == 1 for request, n in drafted.items())
         assert sum(r.width for r in running) <= self.limit, "more running requests than the limit"
         assert set(running) == {*stayed, *admitted} and set(given) <= set(running)
         for request, n in plan:
-            assert 1 <= n <= len(request.tokens) - request.num_computed, f"{n} tokens for {request}"
+            assert 1 <= n <= request.num_behind + drafted.get(request, 0), f"{n} tokens for {request}"
+            assert request.num_computed + n < request.num_prompt + request.max_tokens, f"computes its end: {request}"
             blocks = -(-(request.num_computed + n) // self.size)
             assert len(request.block_table) == blocks, f"{blocks} blocks needed for {n} tokens of {request}"
         for request, (_, tokens) in before.items():
@@ -266,7 +317,7 @@ class Oracle:
             assert not (short and request.num_behind == 1), f"stalled: {request}"
             # Who gets less than it needs found the budget spent. Only a victim of its own may have refunded some later.
             made_room = request in given and any(request.block_table is table for table in self.made_room)
-            assert not short or total == self.budget or made_room, f"budget lost: {request}"
+            assert not short or base == self.budget or made_room, f"budget lost: {request}"
             assert not (short and admitted), f"waiting requests went before {request}"
         for request in preempted:
             assert request.num_computed == 0 and request.block_table == []
@@ -283,6 +334,13 @@ class Oracle:
             self.hits += hit
             self.tally["hits"] += hit > 0
         self.tally["preempted"] += len(preempted)
+        if drafted and waiting and not preempted:
+            first, places = waiting[0], self.limit - sum(request.width for request in running)
+            blocks = self.pool.match(first.tokens, first.root) if first.reuse_prefix else []
+            room = self.pool.num_free - self.pool.num_free_in(blocks) + sum(
+                len(request.block_table) - -(-len(request.tokens) // self.size) for request in drafted)
+            need = -(-len(first.tokens) // self.size) - len(blocks)
+            assert base == self.budget or first.width > places or need > room, f"waits for a draft: {first}"
 
     def check_between_steps(self) -> None:
         """The modules' own checks, every request accounted for, and a prefix index that tells the truth."""
@@ -315,7 +373,7 @@ class Oracle:
         remember for whose table others were preempted."""
         pool, allocate, release = self.pool, self.pool.allocate, self.pool.release
         freed = {block: (0, block) for block in range(1, self.usable + 1)}  # (when, place): smaller was freed earlier
-        releases = 0
+        releases = trims = 0
 
         def watched_allocate():
             block = allocate()
@@ -334,6 +392,15 @@ class Oracle:
             # Within one table the last block counts as freed first: a prefix is of no use without its head.
             freed.update({b: (releases, -place) for place, b in enumerate(blocks) if not pool.refs[b]})
 
+        def watched_trim(table, num_tokens, trim=pool.trim):
+            nonlocal trims
+            before = list(table)
+            trim(table, num_tokens)
+            for block in reversed(before[len(table) :]):  # to where they came from, the front
+                trims += 1
+                freed[block] = (-trims, 0)
+            self.tally["trimmed"] += len(before) - len(table)
+
         def watched_adopt(blocks, adopt=pool.adopt):
             for block in blocks:
                 freed.pop(block, None)
@@ -348,6 +415,7 @@ class Oracle:
             preempt(victim)
 
         pool.allocate, pool.release, pool.adopt = watched_allocate, watched_release, watched_adopt
+        pool.trim = watched_trim
         pool.blocks_missing, self.scheduler.preempt = watched_missing, watched_preempt
 
 
@@ -369,7 +437,8 @@ def test_the_fuzz_reaches_every_corner():
     tally = sum((Oracle(seed).run().tally for seed in range(60)), Counter())
     rare = {corner: tally[corner] for corner in (
         "finished", "refused", "preempted", "chunks", "forks", "copies", "hits", "aborted waiting", "aborted running",
-        "aborted half-way running", "forgotten") if tally[corner] < 10}
+        "aborted half-way running", "forgotten", "accepted", "rejected", "trimmed", "ended before a draft")
+        if tally[corner] < 10}
     assert not rare, f"hardly ever happened: {rare}"
 
 
@@ -499,6 +568,51 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("scheduler", "if pool.blocks_for(length - 1) >", "if pool.blocks_for(length) >")],
     "the door admits what never fits": [
         ("scheduler", "if pool.blocks_for(length - 1) > pool.num_usable", "if False")],
+    # drafts
+    "every draft is accepted": [
+        ("scheduler", "request.drafts and request.drafts[0] == request.tokens[-1]", "request.drafts")],
+    "rejected drafts count as computed": [
+        ("scheduler", "            request.drafts = []\n",
+         "            request.num_computed += len(request.drafts)\n            request.drafts = []\n")],
+    "rejected drafts are published": [
+        ("scheduler", "            request.drafts = []\n",
+         "            done, size = request.num_computed, self.pool.block_size\n"
+         "            for i in range(done // size, (done + len(request.drafts)) // size * bool(request.block_table)):\n"
+         "                self.pool.publish(request.block_table, i, request.tokens[:done] + request.drafts, request.root)\n"
+         "            request.drafts = []\n")],
+    "drafts are published before they are verified": [
+        ("scheduler", "        for i in filled:\n"
+         "            self.pool.publish(request.block_table, i, request.tokens, request.root)",
+         "        tokens, size = request.tokens + request.drafts, self.pool.block_size\n"
+         "        for i in range(filled.start, len(tokens) // size if request.num_behind == 0 else filled.stop):\n"
+         "            self.pool.publish(request.block_table, i, tokens, request.root)")],
+    "accepted drafts are not published": [
+        ("scheduler", "            return self.advance(request, 1)\n",
+         "            request.num_computed += 1\n            return True\n")],
+    "an ended request samples on": [
+        ("scheduler", "if request.status == RUNNING and request.drafts and", "if request.drafts and")],
+    "the blocks of rejected drafts are kept": [
+        ("scheduler", "            self.pool.trim(request.block_table, request.num_computed)\n", "")],
+    "a block too many is given back": [
+        ("scheduler", "self.pool.trim(request.block_table, request.num_computed)",
+         "self.pool.trim(request.block_table, request.num_computed - 1)")],
+    "the blocks of rejected drafts go to the back of the queue": [
+        ("cache", "self.free.move_to_end(table.pop(), last=False)", "table.pop()")],
+    "drafts overdraw the budget": [
+        ("scheduler", "spare = min(budget, self.ridge - sum(plan.values()))", "spare = self.ridge - sum(plan.values())")],
+    "drafts overrun the ridge": [
+        ("scheduler", "spare = min(budget, self.ridge - sum(plan.values()))", "spare = budget")],
+    "drafts do not count against the rest": [("scheduler", "                spare -= n\n", "")],
+    "drafts take blocks that are not there": [("scheduler", "share, room, request", "share, request")],
+    "drafts go before waiting requests": [
+        ("scheduler", "            self._plan_drafts(plan, budget)\n        return", "            pass\n        return"),
+        ("scheduler", "        places = self.max_batch_requests - sum(",
+         "        self._plan_drafts(plan, budget)\n        budget = self.max_batch_tokens - sum(plan.values())\n"
+         "        places = self.max_batch_requests - sum(")],
+    "the last token is a draft": [
+        ("scheduler", "request.max_tokens - request.num_output - 1)", "request.max_tokens - request.num_output)")],
+    "a request has drafts before it is split": [
+        ("scheduler", "n == request.num_behind and request.width == 1]", "n == request.num_behind]")],
     # aborts
     "aborting a waiting request leaves it counted": [
         ("scheduler", "self.num_waiting -= 1  # its", "pass  # its")],
