@@ -28,6 +28,7 @@ import bisect
 import codecs
 import concurrent.futures
 import contextlib
+import copy
 import ctypes
 import difflib
 import functools
@@ -733,8 +734,8 @@ def option(default, low, high, kind=(int, float), **more):
 class SamplingParams:
     """How to turn logits into tokens, and when to stop. An unknown or impossible value raises ValueError naming it.
 
-    Applied in this order: logit_bias, penalties, bans (min_tokens), temperature, top_k, top_p, min_p. The same seed
-    gives the same sample whatever else is in the batch. Survey B v1 3.2.5 (Sampling optimization).
+    Applied in this order: logit_bias, penalties, bans (min_tokens), logits_processor, temperature, top_k, top_p, min_p. The
+    same seed gives the same sample whatever else is in the batch. Survey B v1 3.2.5 (Sampling optimization).
     """
 
     temperature: float = option(1.0, 0, 1e6)  # 0: the most likely token
@@ -754,6 +755,8 @@ class SamplingParams:
     logprobs: int | None = option(None, 0, 1000, int)  # report the chosen token's log-probability, and of the k likeliest
     prompt_logprobs: int | None = option(None, 0, 1000, int)  # the same for every token of the prompt
     logit_bias: dict[int, float] | None = None  # added to these tokens' logits
+    # (prompt and output so far, float32 logits [V]) -> the logits to sample from; may be asked about drafts that never come
+    logits_processor: Callable[[list[int], torch.Tensor], torch.Tensor] | None = None
 
     def __new__(cls, *args, **options):
         known = {f.name for f in fields(cls)}
@@ -787,8 +790,83 @@ class SamplingParams:
                 type(token) is int and type(bias) in (int, float) and (-1e38 <= bias <= 1e38 or bias == -math.inf)
                 for token, bias in self.logit_bias.items())):
             raise ValueError(f"logit_bias: must map token ids to numbers from -1e38 to 1e38, got {self.logit_bias!r}")
+        if self.logits_processor is not None and not callable(self.logits_processor):
+            raise ValueError(f"logits_processor: must be a function, got {self.logits_processor!r}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens: {self.min_tokens} is more than max_tokens={self.max_tokens}")
+
+
+class Edits:
+    """The built-in logits processors of one request: bias, penalties and bans, as changes to single entries of its logits.
+
+    `entries` is what `kernels.edit_logits` takes, so that those of a whole batch are one operation; called with (token
+    ids, logits), it is a logits processor like any other. It keeps up with a growing list of tokens, so that a step costs
+    the same however many there are.
+    """
+
+    def __init__(self, params: SamplingParams, num_prompt: int, stop_ids: frozenset):
+        self.params, self.num_prompt, self.num_seen = params, num_prompt, 0
+        self.place: dict[int, int] = {}  # token: its row in the arrays
+        self.tokens = np.empty(64, dtype=np.int64)
+        self.changes = np.empty((64, 3))  # bias, divide, subtract
+        self.in_output: set[int] = set()
+        for token, bias in (params.logit_bias or {}).items():
+            self._row(token)[0] = bias
+        for token in stop_ids if params.min_tokens else ():
+            self._row(token)
+        self.banned = [self.place[token] for token in stop_ids if params.min_tokens]
+
+    @staticmethod
+    def wanted(p: SamplingParams) -> bool:
+        """Whether a request with these parameters has any."""
+        return bool(p.logit_bias or p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1 or p.min_tokens)
+
+    def __call__(self, token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        """logits [V] -> logits [V], after the tokens so far; these may only ever grow from call to call."""
+        tokens, changes = self.entries(token_ids)
+        columns = torch.from_numpy(changes).to(logits.dtype).to(logits.device).T
+        tokens = torch.from_numpy(tokens).to(logits.device)
+        return kernels.edit_logits(logits[None], torch.zeros_like(tokens), tokens, *columns)[0]
+
+    def entries(self, token_ids: list[int], drafts: list[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """After these tokens, and drafts that may turn out wrong: tokens int64 [n], and bias, divide, subtract [n, 3]."""
+        for i in range(self.num_seen, len(token_ids)):
+            self._take(token_ids[i], i >= self.num_prompt)
+        self.num_seen = len(token_ids)
+        if drafts:
+            self = self._copy()
+            for token in drafts:
+                self._take(token, True)
+        n = len(self.place)
+        tokens, changes = self.tokens[:n], self.changes[:n]
+        if len(token_ids) + len(drafts) - self.num_prompt < self.params.min_tokens:
+            changes = changes.copy()
+            changes[self.banned] = -math.inf, 1, 0
+        return tokens, changes
+
+    def _take(self, token, is_output):
+        p = self.params
+        if p.repetition_penalty != 1:
+            self._row(token)[1] = p.repetition_penalty
+        if is_output and (p.presence_penalty or p.frequency_penalty):
+            first = token not in self.in_output
+            self.in_output.add(token)
+            self._row(token)[2] += p.frequency_penalty + p.presence_penalty * first
+
+    def _row(self, token) -> np.ndarray:
+        """(bias, divide, subtract) of a token, to be written."""
+        if token not in self.place:
+            row = self.place[token] = len(self.place)
+            if row == len(self.tokens):  # twice the room, so that growing costs little in the long run
+                self.tokens, self.changes = (np.concatenate([old, old]) for old in (self.tokens, self.changes))
+            self.tokens[row], self.changes[row] = token, (0, 1, 0)
+        return self.changes[self.place[token]]
+
+    def _copy(self):
+        other = copy.copy(self)
+        other.place, other.in_output = self.place.copy(), self.in_output.copy()
+        other.tokens, other.changes = self.tokens.copy(), self.changes.copy()
+        return other
 
 
 @dataclass
@@ -1414,31 +1492,34 @@ class LLM:
             column(noise, np.float32 if logits.device.type == "mps" else np.float64)).tolist()
 
     def _edit(self, samplers, logits):
-        """Logits after biases, penalties and bans, all as one list of changes to single entries."""
-        rows, tokens, edits = [], [], []
+        """Logits after every request's processors: the built-in ones of all in one operation, then users' row by row."""
+        rows, parts = [], []
         for i, (request, _, num_drafts) in enumerate(samplers):
-            p, drafts, changed = request.params, request.drafts[:num_drafts], {}  # token: [bias, divide, subtract]
-            for token, bias in (p.logit_bias or {}).items():
-                changed[token] = [bias, 1.0, 0.0]
-            if p.presence_penalty or p.frequency_penalty:
-                for token, count in Counter(request.tokens[request.num_prompt:] + drafts).items():
-                    edit = changed.setdefault(token, [0.0, 1.0, 0.0])
-                    edit[2] = p.presence_penalty + p.frequency_penalty * count
-            if p.repetition_penalty != 1:
-                for token in {*request.tokens, *drafts}:
-                    changed.setdefault(token, [0.0, 1.0, 0.0])[1] = p.repetition_penalty
-            if request.num_output + num_drafts < p.min_tokens:
-                for token in self._stop_ids(p):
-                    changed[token] = [-math.inf, 1.0, 0.0]
-            rows += [i] * len(changed)
-            tokens += changed
-            edits += changed.values()
-        if not rows:
-            return logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        bias, divide, subtract = torch.tensor(edits, dtype=logits.dtype, device=logits.device).T
-        return kernels.edit_logits(logits, torch.tensor(rows, device=logits.device),
-                                   torch.tensor(tokens, device=logits.device), bias, divide, subtract)
+            p = request.params
+            if Edits.wanted(p):
+                request.edits = request.edits or Edits(p, request.num_prompt, self._stop_ids(p))
+                parts.append(request.edits.entries(request.tokens, request.drafts[:num_drafts]))
+                rows.append(np.full(len(parts[-1][0]), i))
+        users = [i for i, (request, *_) in enumerate(samplers) if request.params.logits_processor]
+        if rows or users:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if rows:
+            where = torch.from_numpy(np.array([np.concatenate(rows), np.concatenate([tokens for tokens, _ in parts])]))
+            changes = torch.from_numpy(np.concatenate([changes for _, changes in parts]).T).to(logits.dtype)
+            logits = kernels.edit_logits(logits, *where.to(logits.device), *changes.to(logits.device))
+        elif users:
+            logits = logits.clone()  # what a function is given, it may write into
+        for i in users:
+            request, _, num_drafts = samplers[i]
+            try:
+                row = request.params.logits_processor(request.tokens + request.drafts[:num_drafts], logits[i])
+                if not isinstance(row, torch.Tensor) or row.shape != logits[i].shape:
+                    raise ValueError(f"returned {getattr(row, 'shape', row)!r} instead of logits {tuple(logits[i].shape)}")
+                logits[i] = row
+            except Exception as error:  # the user's, so of no concern to the others in the batch
+                request.error = f"logits_processor: {error!r}"
+                logits[i] = math.nan
+        return logits
 
     def commit(self, plan: list[tuple[Request, int]], tokens: list[int], logprobs: list[dict | None]) -> list[Request]:
         """Record what the step computed, append the sampled tokens, and end those requests that are done.
@@ -1473,8 +1554,9 @@ class LLM:
     def _append(self, request, token, logprobs):
         p = request.params
         if token < 0:
-            request.error = (f"request {request.samples[0].arrival}: the model's logits at position "
-                             f"{len(request.tokens) - 1} are not finite numbers, or every token is banned")
+            request.error = request.error or (
+                f"request {request.samples[0].arrival}: the model's logits at position {len(request.tokens) - 1} are not "
+                f"finite numbers, or every token is banned")
             self.pool.withdraw(request.block_table)  # or the next to ask the same would inherit them
             self.scheduler.finish(request, "abort")
             self._counts["aborted"] += 1
@@ -1610,7 +1692,7 @@ MAX_ENTRIES = {"stop": 16, "stop_token_ids": 1024, "logit_bias": 1024}  # looked
 MAX_LOGPROBS = 20  # of a token; hundreds for each fill the memory, and writing them keeps the loop from all others
 STEP_FAILED = "the step that computed this request failed; the server's log says why"
 
-SAMPLING_FIELDS = {f.name for f in fields(SamplingParams)} - {"prompt_logprobs"}
+SAMPLING_FIELDS = {f.name for f in fields(SamplingParams)} - {"prompt_logprobs", "logits_processor"}
 COMMON_FIELDS = SAMPLING_FIELDS | {"model", "stream", "stream_options", "priority", "cache_salt"}
 COMPLETION_FIELDS = COMMON_FIELDS | {"prompt", "echo"}
 CHAT_FIELDS = COMMON_FIELDS | {"messages", "top_logprobs", "max_completion_tokens"}

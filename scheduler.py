@@ -78,7 +78,7 @@ class Request:
         self.logprobs: list[dict[int, float]] = []
         self.prompt_logprobs: list[dict[int, float] | None] = []
         self.ended_by_token = False  # the last token is a stop token, and not part of the text
-        self.detokenizer = None
+        self.detokenizer = self.edits = None
         self.error: str | None = None
 
     @property
@@ -243,7 +243,8 @@ class Scheduler:
         width, request.width = request.width, 1
         for i in range(1, width):
             child = copy.copy(request)
-            child.tokens, child.logprobs, child.num_preemptions, child.detokenizer = request.tokens.copy(), [], 0, None
+            child.tokens, child.logprobs, child.num_preemptions = request.tokens.copy(), [], 0
+            child.detokenizer = child.edits = None
             child.block_table = self.pool.fork(request.block_table)
             child.sample_index = i
             child.urgency = (*request.urgency[:2], i)  # right behind its siblings, before whoever came later

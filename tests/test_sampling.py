@@ -6,6 +6,8 @@ What a request asks for (`SamplingParams`) is tested here too: every field, ever
 import copy
 import dataclasses
 import math
+import random
+import re
 import sys
 import warnings
 from contextlib import nullcontext
@@ -17,6 +19,7 @@ import torch
 from test_engine import CONFIG, GREEDY, Slow, engine, finish, tokens_of
 
 import kernels
+import nanoserve
 from nanoserve import GPT, ModelConfig, SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tutorial"))
@@ -350,6 +353,103 @@ def test_edits_of_one_request_leave_the_others_alone():
     requests = [llm.add_request([1, 2, 3], p) for p in (GREEDY, wild, GREEDY)]
     outputs = finish(llm, *requests)
     assert tokens_of(outputs)[::2] == [Slow.generate([1, 2, 3], GREEDY)] * 2 != tokens_of(outputs)[1:2] * 2
+
+
+# ---- the one hook ----
+
+
+def changes_from_scratch(p, prompt, output, stop_ids):
+    """{token: (bias, divide, subtract)}, counted anew."""
+    changes = {token: [bias, 1, 0] for token, bias in (p.logit_bias or {}).items()}
+    for token in set(prompt + output) if p.repetition_penalty != 1 else ():
+        changes.setdefault(token, [0, 1, 0])[1] = p.repetition_penalty
+    for token in set(output) if p.presence_penalty or p.frequency_penalty else ():
+        changes.setdefault(token, [0, 1, 0])[2] = p.presence_penalty + p.frequency_penalty * output.count(token)
+    if len(output) < p.min_tokens:
+        changes.update(dict.fromkeys(stop_ids, [-INF, 1, 0]))
+    return {token: tuple(change) for token, change in changes.items() if change != [0, 1, 0]}
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("options", PENALTIES, ids=str)
+def test_edits_keep_up_with_the_tokens(options, seed):
+    """Token by token or many at once, with drafts that come to nothing in between: always as if counted anew."""
+    rng = random.Random(seed)
+    p, prompt, output = SamplingParams(max_tokens=200, **options), [rng.randrange(300) for _ in range(50)], []
+    edits = nanoserve.Edits(p, len(prompt), frozenset(p.stop_token_ids))
+    for _ in range(40):
+        drafts = [rng.randrange(300) for _ in range(rng.choice((0, 0, 1, 4)))]
+        tokens, changes = edits.entries(prompt + output, drafts)
+        assert len(set(tokens.tolist())) == len(tokens)  # none is named twice
+        got = {t: tuple(c) for t, c in zip(tokens.tolist(), changes.tolist()) if c != [0, 1, 0]}
+        expected = changes_from_scratch(p, prompt, output + drafts, p.stop_token_ids)
+        assert got.keys() == expected.keys() and all(got[t] == pytest.approx(expected[t]) for t in got)
+        output += [rng.randrange(300) for _ in range(rng.choice((1, 1, 5)))]
+
+
+def test_edits_are_a_logits_processor():
+    """One row at a time, as a function of (tokens, logits), they do what they do for a batch."""
+    p = SamplingParams(repetition_penalty=1.5, frequency_penalty=2.0, logit_bias={5: 3.0})
+    logits, prompt, output = normal(1, 64).double(), [1, 2, 5], [7, 7, 2]
+    expected = logits.clone()
+    expected[5] += 3
+    for token in (1, 2, 5, 7):
+        expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5
+    expected[7] -= 4
+    expected[2] -= 2
+    torch.testing.assert_close(nanoserve.Edits(p, 3, frozenset())(prompt + output, logits), expected)
+
+
+def test_a_users_function_sees_all_tokens_and_decides():
+    """Called once a token with prompt and output, after the built-in processors; a ban by it is a ban by logit_bias."""
+    seen = []
+
+    def only_odd(tokens, logits):
+        seen.append(tokens)
+        assert logits.shape == (64,) and logits[9] < -1e30  # banned already
+        logits[::2] = -INF  # it may write into what it is given
+        return logits
+
+    for temperature in (0, 3.0):
+        p = SamplingParams(temperature=temperature, seed=4, max_tokens=12, ignore_eos=True, logit_bias={9: -1e38})
+        seen.clear()
+        [output] = engine().generate([[1, 2, 3]], dataclasses.replace(p, logits_processor=only_odd))
+        assert seen == [[1, 2, 3, *output.token_ids[:i]] for i in range(12)]
+        bias = {9: -1e38, **dict.fromkeys(range(0, 64, 2), -INF)}
+        [same] = engine().generate([[1, 2, 3]], dataclasses.replace(p, logit_bias=bias))
+        assert output.token_ids == same.token_ids and not any(token % 2 == 0 or token == 9 for token in output.token_ids)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (lambda tokens, logits: 1 / 0, "ZeroDivisionError"), (lambda tokens, logits: None, "returned None"),
+    (lambda tokens, logits: logits[:5], "returned .*5"), (lambda tokens, logits: logits * math.nan, "not finite numbers"),
+    (lambda tokens, logits: logits - INF, "every token is banned")], ids=range(5))
+def test_a_users_function_that_fails_fails_alone(wrong, message):
+    llm = engine()
+    good = llm.add_request([1, 2, 3], GREEDY)
+    bad = llm.add_request([4, 5], dataclasses.replace(GREEDY, logits_processor=wrong))
+    while llm.has_work():
+        llm.step()
+    assert bad.finish_reason == "abort" and re.search(message, bad.error) and bad.num_output == 0
+    assert good.tokens[3:] == Slow.generate([1, 2, 3], GREEDY) and good.error is None
+    with pytest.raises(ValueError, match="^logits_processor: must be a function, got 3"):
+        SamplingParams(logits_processor=3)
+
+
+def test_a_users_function_with_samples_and_drafts():
+    """Its samples differ only by their tokens; and drafts change nothing, as ever."""
+    def no_repeats(tokens, logits):
+        logits[tokens[-3:]] = -INF
+        return logits
+
+    p = SamplingParams(temperature=1.0, seed=3, n=3, max_tokens=20, ignore_eos=True, logits_processor=no_repeats)
+    plain = tokens_of(engine().generate([[1, 2, 3]], p))
+    assert len(set(map(tuple, plain))) == 3
+    assert all(token not in tokens[max(0, i - 3) : i] for tokens in plain for i, token in enumerate(tokens))
+    llm = engine(draft="ngram")
+    assert tokens_of(llm.generate([[1, 2, 3]], p)) == plain
+    always = engine(draft=lambda tokens: [tokens[-1]] * 4)
+    assert tokens_of(always.generate([[1, 2, 3]], p)) == plain and always.stats()["drafted"] > 0
 
 
 # ---- what may be asked for ----
