@@ -55,7 +55,7 @@ class LowBitWeight:
 
     codes: int8 [out, in], or for 4 bits int32 [out, in / 8], a word holding code + 8 of inputs 2i and 2i + 1 of its eight
     in bits 4i and 4i + 16: a shift and a mask then leave two neighbours where a GPU wants a pair. scales: bfloat16
-    [out, in / group]. Survey A III.B · B 3.2.1 · C KV Cache Optimization: Compression Strategies.
+    [out, in / group]. Survey A III.C · B 3.2.1 · C KV Cache Optimization: Compression Techniques.
     """
 
     codes: torch.Tensor

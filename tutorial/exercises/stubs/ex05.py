@@ -1,0 +1,35 @@
+"""Exercise 05: the schedule of one step
+
+Decide who computes how many tokens in the next step. This one function is continuous batching and chunked prefill.
+
+The rules, in order:
+  1. The tokens of a step add up to at most self.max_batch_tokens.
+  2. Running requests first, those with the fewest tokens behind (`request.num_behind`) before the others; each gets
+     min(what it is behind, what is left of the budget).
+  3. If the pool has too few free blocks for that (`pool.blocks_missing(table, start, end)` against `pool.num_free`),
+     preempt the least urgent running request (largest `request.urgency`) until there are enough, or until it was this
+     request itself that had to go. A victim that was planned in this step already leaves the plan, and its tokens go
+     back to the budget.
+  4. Then waiting requests, most urgent first, while budget and places (self.max_batch_requests, counting `width`) last,
+     but nobody in a step that preempted. First match the prefix; admit only if the pool has room for the whole request
+     as it stands, where cached blocks that lie in the free list count as taken. Who does not fit stops the line.
+
+You need: self.running, self.preempt(request), self._most_urgent() (a waiting request or None), self._dequeue(request)
+(moves it to running), self._plan(plan, request, n) (extends its block table and notes it), self.num_hit_tokens (add
+hits to it); of the pool num_free, blocks_for(tokens), blocks_missing, match(tokens, root), num_free_in(blocks),
+adopt(blocks). A request whose `reuse_prefix` is False matches nothing.
+"""
+
+from scheduler import RUNNING, Request
+
+
+def schedule(self) -> list[tuple[Request, int]]:
+    """Plan one step: [(request, n), ...], n tokens to compute for each; tables are extended to hold them.
+
+    Running requests go first, those closest to catching up before the others: with the budget at least as large
+    as the running limit, a long prompt can never make another request wait for its next token. What is left of the
+    budget admits waiting requests in order of urgency.
+
+    Survey A IV.A · B 3.2.4 · C Request Scheduling: Intra-Request Scheduling.
+    """
+    raise NotImplementedError

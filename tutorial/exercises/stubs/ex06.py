@@ -1,0 +1,79 @@
+"""Exercise 06: bug hunt: a position gone wrong
+
+A bug hunt: one request in this trace comes out wrong, and the others are perfect.
+
+The functions below lay the tokens of a step end to end and work out where each one stands, where its keys and values
+go and how far it may look. Somebody has made a change that looked harmless. Seven requests were served with at most
+16 tokens a step:
+
+    request   0    1    2    3    4    5    6
+    prompt   11    5    2   13   28   16    7    tokens
+    arrives   0    0    3    6   14   26   27    at step
+
+Prefix caching is off. Find the change and put it right; then say in BROKEN which request it hurt, and in WHY why only
+that one.
+"""
+
+import numpy as np
+import torch
+
+from cache import SCRATCH
+from nanoserve import Batch, DraftModel, Request
+
+BROKEN = None  # the number, from 0, of the request whose tokens come out wrong
+WHY = ""  # in a sentence or two: what happens to it, and why to no other
+
+
+def pack(self, plan: list[tuple[Request, int]]
+         ) -> tuple[Batch, list[tuple[Request, int, int]], list[tuple[Request, int]]]:
+    """Lay the planned tokens end to end. Returns the batch and whose its `rows` are: first (request, sample index,
+    drafts before it) of those to be sampled, then (request, position) of prompt tokens whose log-probabilities
+    somebody asked for.
+    """
+    spans: list[tuple[Request, int, int]] = []
+    sampled: list[tuple[int, tuple[Request, int, int]]] = []  # (row of the batch, whose it is)
+    prompted: list[tuple[int, tuple[Request, int]]] = []
+    row = 0  # of the request's token 0, if it were in the batch
+    for request, n in plan:
+        start, end = request.num_computed, request.num_computed + n
+        spans.append((request, start, end))
+        row, last = row - start, len(request.tokens) - 1
+        if end > last:  # the last token and the drafts behind it
+            sampled += [(row + p, (request, request.sample_index + k, p - last))
+                        for p in range(last, end) for k in range(request.width)]
+        if not request.reuse_prefix and request.num_output == 0:
+            prompted += [(row + p, (request, p)) for p in range(start, min(end, request.num_prompt - 1))]
+        row += end
+    batch = self.lay_out(spans, [row for row, _ in sampled + prompted])
+    return batch, [whose for _, whose in sampled], [whose for _, whose in prompted]
+
+
+def lay_out(self, spans: list[tuple[Request, int, int]], rows: list[int]) -> Batch:
+    """The batch that computes positions start .. end-1 of each (request, start, end), with logits for `rows` of it."""
+    if copies := self.pool.take_copies():
+        for cache in (self.cache, *([self.drafter.cache] if isinstance(self.drafter, DraftModel) else [])):
+            cache.copy_blocks(copies)
+    starts, ends = np.array([span[1:] for span in spans]).T
+    counts = ends - starts
+    query_start = np.concatenate([[0], counts.cumsum()])
+    width = max(len(request.block_table) for request, *_ in spans)
+    tables = np.full((len(spans), width), SCRATCH, dtype=np.int32)
+    tokens: list[int] = []
+    for i, (request, start, end) in enumerate(spans):
+        tokens += request.tokens[start:end]
+        if request.drafts:
+            length = len(request.tokens)
+            tokens += request.drafts[max(0, start - length) : max(0, end - length)]
+        tables[i, : len(request.block_table)] = request.block_table
+    owner = np.repeat(np.arange(len(spans)), counts)
+    positions = np.arange(len(tokens)) - (query_start[:-1] - starts * [request.num_output > 0 for request, *_ in spans])[owner]
+    size = self.pool.block_size
+    slots = tables[owner, positions // size].astype(np.int64) * size + positions % size
+
+    parts = [tokens, positions, slots, rows, ends, query_start, tables.ravel()]
+    packed = torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int32) for part in parts]))
+    if self.device.type == "cuda":
+        packed = packed.pin_memory()  # so that nobody waits for the one copy of this step
+    packed = packed.to(self.device, non_blocking=True).split([len(part) for part in parts])
+    return Batch(*(part.long() for part in packed[:3]), packed[6].view(tables.shape), *packed[4:6], packed[3].long(),
+                 is_decode=len(tokens) == len(spans) and rows == list(range(len(tokens))))
