@@ -9,7 +9,8 @@ request lives in block `block_table[i // block_size]` at offset `i % block_size`
                 ^^^^^^^^^^^^^^^^^ computed once, shared: the blocks hold exactly the same tokens after the same prefix
 
 `BlockPool` is bookkeeping over integers and knows no torch, so that simulators and tests can drive it anywhere.
-`KVCache` owns the tensors and knows nothing of requests.
+`KVCache` owns the tensors and knows nothing of requests. What a preempted request has computed may wait in *host slots*,
+each of which holds a copy of one block in main memory.
 
 Invariants (tests/test_oracle.py checks them after every step):
   * refs[b] is the number of tables that hold block b; b is in the free list exactly when refs[b] == 0.
@@ -17,6 +18,7 @@ Invariants (tests/test_oracle.py checks them after every step):
     blocks that were taken for rejected drafts come before all others.
   * Only blocks that are full *and computed* enter the index, under an exact key: no hash can collide.
   * Block 0 is scratch. Nobody owns it; rows that pad a batch write there.
+  * A host slot is free or belongs to one waiting request; one that is read in a step is not written before the next.
 
 Survey A III.A · B 3.2.3 · C KV Cache Optimization: Memory Management, Reuse Strategies.
 Paging: PagedAttention (arXiv:2309.06180). Prefix sharing: RadixAttention (arXiv:2312.07104).
@@ -31,7 +33,7 @@ SCRATCH = 0  # the block that nobody owns
 class BlockPool:
     """Hands out block numbers 1 .. num_blocks-1, counts who holds them, and remembers what full blocks contain."""
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True):
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True, num_host_slots: int = 0):
         if block_size < 1 or num_blocks < 2:
             raise ValueError(f"a pool needs block_size >= 1 and num_blocks >= 2 (one is scratch), "
                              f"got {block_size} and {num_blocks}")
@@ -45,6 +47,10 @@ class BlockPool:
         self.content: list[int | None] = [None] * num_blocks  # the number of what a block contains
         self._numbers = count(1)
         self.copies: dict[int, int] = {}  # copy-on-write: destination -> source, due before the next step runs
+        self.num_host_slots, self.free_slots = num_host_slots, list(range(num_host_slots))
+        self.swaps_out: dict[int, int] = {}  # host slot -> block, due before the next step, and before anything is written
+        self.swaps_in: dict[int, int] = {}  # block -> host slot, due before the next step
+        self._read_slots: list[int] = []  # free once the swaps due were made
 
     @property
     def num_usable(self) -> int:
@@ -129,6 +135,30 @@ class BlockPool:
         copies, self.copies = self.copies, {}
         return copies
 
+    def swap_out(self, blocks: list[int]) -> list[int] | None:
+        """Host slots that these blocks will be copied to, before the next step; None if there are too few, or if one of
+        the blocks is itself still to be filled.
+        """
+        if len(blocks) > len(self.free_slots) or not self.swaps_in.keys().isdisjoint(blocks):
+            return None
+        slots = [self.free_slots.pop() for _ in blocks]
+        # What a copy-on-write that is due would put into a block is still in the block it comes from.
+        self.swaps_out.update((slot, self.copies.get(block, block)) for slot, block in zip(slots, blocks))
+        return slots
+
+    def swap_in(self, slots: list[int], blocks: list[int]) -> None:
+        """Fill these blocks from the last of these slots, one each, before the next step; then all the slots are free."""
+        self.swaps_in.update(zip(blocks, slots[len(slots) - len(blocks) :]))
+        self._read_slots += slots
+
+    def take_swaps(self) -> tuple[dict[int, int], dict[int, int]]:
+        """The swaps due now: {slot: block} out, which come before whatever writes a block, and {block: slot} in."""
+        due = self.swaps_out, self.swaps_in
+        self.swaps_out, self.swaps_in = {}, {}
+        self.free_slots += self._read_slots
+        self._read_slots = []
+        return due
+
     def match(self, tokens: list[int], root=None) -> list[int]:
         """The longest chain of published blocks that begins `tokens`; takes no reference.
 
@@ -190,8 +220,8 @@ class BlockPool:
             self.key[block] = None
         self.index.clear()
 
-    def check(self, tables: list[list[int]]) -> None:
-        """Raise AssertionError unless every invariant holds for these tables, which must be all there are."""
+    def check(self, tables: list[list[int]], slots: list[int] | tuple = ()) -> None:
+        """Raise AssertionError unless every invariant holds for these tables and host slots, which must be all there are."""
         held = [0] * self.num_blocks
         for table in tables:
             assert len(set(table)) == len(table), f"a table holds a block twice: {table}"
@@ -203,6 +233,8 @@ class BlockPool:
         for key, block in self.index.items():
             assert self.key[block] == key and len(key[1]) == self.block_size, f"stale index entry for block {block}"
         assert all(self.refs[dst] for dst in self.copies), "a copy is due into a free block"
+        all_slots = sorted([*slots, *self.free_slots, *self._read_slots])
+        assert all_slots == list(range(self.num_host_slots)), "a host slot is lost, or held twice"
 
 
 class KVCache:
@@ -213,11 +245,13 @@ class KVCache:
     codes are made for the rounded scale, its few bits cost nothing.) Survey A III.C · B 3.2.1 · C KV Cache Optimization:
     Compression Techniques.
 
+    host: for each tensor main memory for so many blocks more, [num_host_slots, num_layers, 2, ...] and on as above.
+
     Memory comes uninitialised, and from the operating system only when first written. Nothing ever reads a slot that
     was not written (attention stops at the context's end), so there is nothing to clear.
     """
 
-    def __init__(self, num_layers, num_blocks, block_size, kv_heads, head_dim, dtype, device):
+    def __init__(self, num_layers, num_blocks, block_size, kv_heads, head_dim, dtype, device, num_host_slots=0):
         import torch  # here, so that BlockPool can be used where there is no torch
 
         shape = (num_layers, 2, num_blocks, block_size, kv_heads, head_dim)
@@ -229,6 +263,10 @@ class KVCache:
             scales = [(layer[0], layer[1]) for layer in self.scales]
         # What the operations of kernels.py take: (keys, values, None or (scales of keys, scales of values))
         self.layers = [(layer[0], layer[1], scale) for layer, scale in zip(self.data, scales)]
+        self.tensors = [self.data] if self.scales is None else [self.data, self.scales]
+        # Pinned, so that copies run in the order of the device's stream, and nobody waits for them.
+        self.host = [torch.empty((num_host_slots, *tensor.shape[:2], *tensor.shape[3:]), dtype=tensor.dtype,
+                                 pin_memory=tensor.is_cuda and num_host_slots > 0) for tensor in self.tensors]
 
     @staticmethod
     def bytes_per_block(num_layers, block_size, kv_heads, head_dim, itemsize) -> int:
@@ -238,10 +276,17 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks."""
-        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def copy_blocks(self, copies: dict[int, int]) -> None:
         """Copy blocks {destination: source} in every layer, all read before any is written."""
-        for tensor in (self.data, self.scales) if copies else ():
-            if tensor is not None:
-                tensor[:, :, list(copies)] = tensor[:, :, list(copies.values())]
+        for tensor in self.tensors if copies else ():
+            tensor[:, :, list(copies)] = tensor[:, :, list(copies.values())]
+
+    def swap(self, swaps_out: dict[int, int], swaps_in: dict[int, int]) -> None:
+        """Copy blocks to the host, {slot: block}, and then others from it, {block: slot}. Survey B 3.2.3."""
+        for tensor, host in zip(self.tensors, self.host):
+            for slot, block in swaps_out.items():
+                host[slot].copy_(tensor[:, :, block], non_blocking=True)
+            for block, slot in swaps_in.items():
+                tensor[:, :, block].copy_(host[slot], non_blocking=True)

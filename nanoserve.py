@@ -62,7 +62,7 @@ import torch
 
 import kernels
 from cache import SCRATCH, BlockPool, KVCache
-from scheduler import FINISHED, POLICIES, Request, Scheduler
+from scheduler import FINISHED, POLICIES, Policy, Request, Scheduler
 
 # On a CPU, oneDNN and torch's layer over it compile a product for every number of rows they meet, and each keeps the last
 # 1,024 of them: hundreds of MB, and a server grows by them for hours. With the last 64 steps are as fast.
@@ -757,6 +757,9 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None  # added to these tokens' logits
     # (prompt and output so far, float32 logits [V]) -> the logits to sample from; may be asked about drafts that never come
     logits_processor: Callable[[list[int], torch.Tensor], torch.Tensor] | None = None
+    ttft_target: float | None = option(None, 0, 1e9)  # seconds to the first token; missing it only shows in `stats`
+    itl_target: float | None = option(None, 0, 1e9)  # seconds between two tokens; the same
+    deadline: float | None = option(None, 0, 1e9)  # seconds after arrival: whatever is not finished by then is aborted
 
     def __new__(cls, *args, **options):
         known = {f.name for f in fields(cls)}
@@ -1060,8 +1063,10 @@ class LLM:
     kv_dtype: "auto" (as the model computes) or "int8" (keys and values rounded to 8 bits: about twice as many tokens fit)
     kv_memory: bytes for the KV cache, or a fraction of the free memory below 1; None: 0.85 on a GPU, 1 GiB elsewhere
     max_batch_tokens: the token budget of a step; max_batch_requests: how many requests run at once (256, or the budget)
-    policy: "fcfs", "priority", "shortest", or a function of a Request whose smallest value goes first
+    policy: "fcfs", "priority", "shortest", "mlfq", "fair", a scheduler.Policy, or a function of a Request whose smallest
+        value goes first
     graphs: on a GPU, capture the decode step once per batch size and replay it
+    swap_memory: bytes of main memory for the blocks of preempted requests, where copying is faster than computing again
     draft: None, or what guesses tokens ahead of the model, see above: "ngram" for the request's own text, a smaller model
         with the same vocabulary (a folder, a name, a GPT, "default" for the one in tutorial/), or a function from a list
         of tokens to a list of guesses; num_drafts: at most so many for a request in a step (8)
@@ -1070,8 +1075,8 @@ class LLM:
     def __init__(self, model: str | os.PathLike | GPT | None = None, *, device: str = "auto", dtype: str = "auto",
                  quantize: str | None = None, kv_dtype: str = "auto", kv_memory: float | int | None = None,
                  block_size: int = 16, max_batch_tokens: int | None = None, max_batch_requests: int | None = None,
-                 max_model_len: int | None = None, policy: str | Callable[[Request], object] = "fcfs",
-                 prefix_caching: bool = True, graphs: bool = True, seed: int = 0,
+                 max_model_len: int | None = None, policy: str | Policy | Callable[[Request], object] = "fcfs",
+                 prefix_caching: bool = True, graphs: bool = True, swap_memory: float | int = 0, seed: int = 0,
                  draft: str | os.PathLike | GPT | Callable[[list[int]], list[int]] | None = None,
                  num_drafts: int | None = None):
         for name, value in (("block_size", block_size), ("max_batch_tokens", max_batch_tokens), ("num_drafts", num_drafts),
@@ -1102,21 +1107,25 @@ class LLM:
         self.num_drafts, self.drafter = num_drafts or 8, self._pick_drafter(draft, folder)
         models = [self.model, self.drafter] if isinstance(self.drafter, GPT) else [self.model]
         kv_dtype = torch.int8 if kv_dtype == "int8" else None  # None: as the model computes
-        num_blocks = self._num_blocks(models, kv_memory, kv_dtype, block_size, max_batch_requests)
-        self.pool = BlockPool(num_blocks, block_size, prefix_caching)
+        block_bytes = sum(KVCache.bytes_per_block(c.num_layers, block_size, c.num_kv_heads, c.head_dim,
+                                                  (kv_dtype or m.dtype).itemsize) for m in models for c in (m.config,))
+        num_blocks = self._num_blocks(block_bytes, kv_memory, block_size, max_batch_requests)
+        num_slots = self._num_host_slots(block_bytes, swap_memory)
+        self.pool = BlockPool(num_blocks, block_size, prefix_caching, num_slots)
         self.scheduler = Scheduler(self.pool, max_batch_tokens=max_batch_tokens, max_batch_requests=max_batch_requests,
                                    max_model_len=self.max_model_len, policy=policy,
                                    ridge=0 if draft is None else 128 if self.device.type == "cuda" else 16)
         try:
-            self.cache, *others = [
-                KVCache(c.num_layers, num_blocks, block_size, c.num_kv_heads, c.head_dim, kv_dtype or m.dtype, self.device)
-                for m in models for c in (m.config,)]
+            self.caches = [KVCache(c.num_layers, num_blocks, block_size, c.num_kv_heads, c.head_dim, kv_dtype or m.dtype,
+                                   self.device, num_slots) for m in models for c in (m.config,)]
         except (RuntimeError, MemoryError):
-            raise ValueError(f"kv_memory: there is no room for {num_blocks:,} blocks; lower kv_memory") from None
+            raise ValueError(f"kv_memory: there is no room for {num_blocks:,} blocks" + (
+                f", or swap_memory for {num_slots:,}; lower one" if num_slots else "; lower kv_memory")) from None
+        self.cache = self.caches[0]
         self.graphs = self._capture(self.model, self.cache, max_batch_requests) if graphs else None
         # What a draft costs, in steps: one row of the target's step, and one pass of the draft model.
         self.draft_cost = 1 / max(1, self.scheduler.ridge)
-        for cache in others:
+        for cache in self.caches[1:]:
             model, most = self.drafter, min(max_batch_requests, self.scheduler.ridge)
             self.draft_cost += model.num_parameters / self.model.num_parameters
             self.drafter = DraftModel(model, cache, self._capture(model, cache, most) if graphs else None)
@@ -1124,6 +1133,9 @@ class LLM:
         self._plan: list[tuple[Request, int]] = []  # of the step under way, or the last one
         self._counts = dict.fromkeys(("steps", "forward_passes", "computed_tokens", "prompt_tokens", "output_tokens",
                                       "finished", "aborted", "drafted", "accepted", "saved_steps"), 0)
+        if num_slots:
+            per_token, per_block = self._measure_swap()
+            self.scheduler.prefers_swap = lambda tokens, blocks: blocks * per_block < tokens * per_token
         log.info(self.describe())
 
     def _load(self, folder, config, device, dtype, quantize):
@@ -1174,11 +1186,37 @@ class LLM:
             return DecodeGraphs(model, cache, max_requests, self.pool.blocks_for(self.max_model_len))
         return None
 
-    def _num_blocks(self, models, kv_memory, kv_dtype, block_size, max_batch_requests) -> int:
+    def _num_host_slots(self, block_bytes, swap_memory) -> int:
+        if isinstance(swap_memory, bool) or not isinstance(swap_memory, (int, float)) or not (
+                swap_memory == 0 or block_bytes <= swap_memory < math.inf):
+            raise ValueError(f"swap_memory: must be 0 or at least the {block_bytes} bytes of a block, got {swap_memory!r}")
+        return int(swap_memory // block_bytes)
+
+    def _measure_swap(self) -> tuple[float, float]:
+        """Seconds to compute a token of a long prompt, and to copy a block to the host and back. Both are first guesses at
+        what a preempted request costs: what it will find in the prefix cache, or compute in the shadow of other requests'
+        weights, is not known when it has to go.
+        """
+        n = min(512, self.max_model_len - 1, self.scheduler.max_batch_tokens, self.pool.num_usable * self.pool.block_size)
+        request = Request([0] * n, params=SamplingParams())
+        self.pool.extend(request.block_table, 0, n)
+        batch, _, _ = self.pack([(request, n)])
+        pairs = dict(enumerate(request.block_table[: self.pool.num_host_slots]))
+        works = (lambda: self.model.forward(batch, self.cache),
+                 lambda: [cache.swap(pairs, {block: slot for slot, block in pairs.items()}) for cache in self.caches])
+        seconds = []
+        for work in works:
+            for _ in range(2):  # the first time other things happen as well
+                start = time.perf_counter()
+                work()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+            seconds.append(time.perf_counter() - start)
+        self.pool.release(request.block_table)
+        return seconds[0] / n, seconds[1] / len(pairs)
+
+    def _num_blocks(self, block_bytes, kv_memory, block_size, max_batch_requests) -> int:
         device = self.device
-        block_bytes = sum(KVCache.bytes_per_block(c.num_layers, block_size, c.num_kv_heads, c.head_dim,
-                                                  (kv_dtype or model.dtype).itemsize)
-                          for model in models for c in (model.config,))
         if kv_memory is None:
             kv_memory = 0.85 if device.type == "cuda" else 1 << 30
         if isinstance(kv_memory, bool) or not isinstance(kv_memory, (int, float)) or not 0 < kv_memory < math.inf:
@@ -1209,9 +1247,10 @@ class LLM:
             drafts = ", drafts from the text" if isinstance(self.drafter, PromptLookup) else ", drafts from a function"
         device += f" ({threads}{'C++' if cpp else 'CUDA C++' if cuda else 'PyTorch'} kernels{graphs})"
         dtype = (f"{self.model.quantize} weights, " if self.model.quantize else "") + str(self.model.dtype)[6:]
+        host = f" and {self.pool.num_host_slots:,} on the host" if self.pool.num_host_slots else ""
         return (f"{c.family}, {self.model.num_parameters / 1e6:,.1f}M parameters, {dtype} on {device}, "
                 f"{self.pool.num_usable:,} {'' if self.cache.scales is None else 'int8 '}KV blocks of "
-                f"{self.pool.block_size} tokens ({gib:.2f} GiB), at most "
+                f"{self.pool.block_size} tokens ({gib:.2f} GiB){host}, at most "
                 f"{self.scheduler.max_batch_requests} requests and {self.scheduler.max_batch_tokens} tokens a step{drafts}")
 
     # ---- asking ----
@@ -1221,7 +1260,7 @@ class LLM:
         """Complete all prompts and return their outputs in order, the n samples of a prompt next to each other.
 
         A prompt is a text or a list of token ids. ValueError if one can not be served, then none is; or, once all have
-        ended, if one failed on the way.
+        ended, if one failed on the way. One that only came to its deadline has what it got until then.
         """
         from tqdm import tqdm
 
@@ -1238,7 +1277,7 @@ class LLM:
                 while unfinished and self.has_work():
                     for request in self.step():
                         first = request.samples[0]
-                        if first in unfinished and all(sample.status == FINISHED for sample in first.samples):
+                        if first in unfinished and first.is_over:
                             unfinished.remove(first)
                             bar.update()
         except BaseException:
@@ -1247,7 +1286,7 @@ class LLM:
             raise
         samples = list(chain(*(request.samples for request in requests)))
         for request in samples:
-            if request.error:
+            if request.error and not request.expired:
                 raise ValueError(request.error)
         return [self.output(request) for request in samples]
 
@@ -1272,19 +1311,21 @@ class LLM:
             self.abort(request)
 
     def add_request(self, prompt: str | list[int], params: SamplingParams | None = None, priority: int = 0,
-                    cache_salt: str | None = None) -> Request:
+                    cache_salt: str | None = None, tenant: str | None = None) -> Request:
         """Queue one prompt for the steps to come. ValueError if it can never be served, naming the limit.
 
         With n > 1, `request.samples` lists the samples once the prompt is computed. Requests with unequal `cache_salt`
-        never share cached prefixes. Smaller `priority` is more urgent, where the policy looks at it.
+        never share cached prefixes. Smaller `priority` is more urgent, and `tenant` is who shares fairly with the others,
+        where the policy looks at them.
         """
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params: must be SamplingParams, got {type(params).__name__}")
         if isinstance(priority, bool) or not isinstance(priority, (int, float)) or not -math.inf < priority < math.inf:
             raise ValueError(f"priority: must be a number, got {priority!r}")
-        if not isinstance(cache_salt, (str, type(None))):
-            raise ValueError(f"cache_salt: must be a text or None, got {cache_salt!r}")
+        for name, value in (("cache_salt", cache_salt), ("tenant", tenant)):
+            if not isinstance(value, (str, type(None))):
+                raise ValueError(f"{name}: must be a text or None, got {value!r}")
         tokens = self._tokens(prompt)
         room = self.longest_request - len(tokens)
         vocab = self.model.config.vocab_size
@@ -1297,7 +1338,8 @@ class LLM:
             raise ValueError("stop: this model has no tokenizer, so it has no text to look for stop strings in")
         max_tokens = params.max_tokens or max(1, params.min_tokens, min(256, room))
         request = Request(tokens, max_tokens, priority=priority, width=params.n, root=cache_salt,
-                          reuse_prefix=params.prompt_logprobs is None, params=params)
+                          reuse_prefix=params.prompt_logprobs is None, params=params, tenant=tenant,
+                          ttft_target=params.ttft_target, itl_target=params.itl_target, deadline=params.deadline)
         request.seed = self._random.getrandbits(64) if params.seed is None else params.seed % 2**64
         request.max_drafts = self.num_drafts if self.drafter else 0
         return self.scheduler.add(request)
@@ -1334,12 +1376,16 @@ class LLM:
         belong to prompts; output_tokens: generated; hit_tokens: found in the prefix cache instead of computed ·
         drafted, accepted: drafts computed, and those that came true; saved_steps: tokens beyond the first that a request got
         in a step, each of which would have taken it another; draft_passes: forward passes of a draft model ·
-        preemptions, finished, aborted · waiting, running · blocks_used, blocks_cached (free, but matching a prefix),
-        blocks_free.
+        preemptions, finished, aborted · with_targets: samples that had targets or a deadline and ended, goodput: those of
+        them that finished and missed none · blocks_swapped_out, blocks_swapped_in, blocks_swap_freed: those whose copies on
+        the host were not needed · waiting, running · blocks_used, blocks_cached (free, but matching a prefix), blocks_free.
         """
         return {**self._counts, "draft_passes": getattr(self.drafter, "num_passes", 0),
                 "hit_tokens": self.scheduler.num_hit_tokens,
-                "preemptions": self.scheduler.num_preemptions, "waiting": self.scheduler.num_waiting,
+                "preemptions": self.scheduler.num_preemptions, "with_targets": self.scheduler.num_with_targets,
+                "goodput": self.scheduler.num_in_time, "blocks_swapped_out": self.scheduler.num_swapped_out,
+                "blocks_swapped_in": self.scheduler.num_swapped_in,
+                "blocks_swap_freed": self.scheduler.num_swap_freed, "waiting": self.scheduler.num_waiting,
                 "running": len(self.scheduler.running), **self.pool.stats()}
 
     # ---- the step ----
@@ -1352,7 +1398,7 @@ class LLM:
         self._plan = []  # should scheduling fail, there is none
         self._plan = plan = self.scheduler.schedule()
         if not plan:
-            return []
+            return self._take_expired()
         if self.drafter:
             plan = self.propose(plan)
         batch, samplers, prompt_rows = self.pack(plan)
@@ -1364,7 +1410,12 @@ class LLM:
         for (request, position), row in zip(prompt_rows, logits[len(samplers):]):
             self._record(request, position, row.float().log_softmax(-1))
         # Until here no token was appended and nothing counts as computed: a step that failed above can be repeated.
-        return self.commit(plan, *self.sample(samplers, logits[: len(samplers)]))
+        return self.commit(plan, *self.sample(samplers, logits[: len(samplers)])) + self._take_expired()
+
+    def _take_expired(self):
+        expired = self.scheduler.take_expired()
+        self._counts["aborted"] += len(expired)
+        return expired
 
     def drop_step(self, reason: str) -> list[Request]:
         """After an exception out of `step`: end with an error what it was working on, so that the others can go on.
@@ -1380,7 +1431,7 @@ class LLM:
                 self.pool.withdraw(request.block_table)
                 self.scheduler.finish(request, "abort")
                 self._counts["aborted"] += 1
-        return concerned
+        return concerned + self._take_expired()
 
     def propose(self, plan: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
         """Have the drafter fill the room that the plan has for drafts. Where it offers fewer, the plan becomes shorter."""
@@ -1429,9 +1480,10 @@ class LLM:
 
     def lay_out(self, spans: list[tuple[Request, int, int]], rows: list[int]) -> Batch:
         """The batch that computes positions start .. end-1 of each (request, start, end), with logits for `rows` of it."""
-        if copies := self.pool.take_copies():
-            for cache in (self.cache, *([self.drafter.cache] if isinstance(self.drafter, DraftModel) else [])):
-                cache.copy_blocks(copies)
+        swaps, copies = self.pool.take_swaps(), self.pool.take_copies()
+        for cache in self.caches:
+            cache.swap(*swaps)
+            cache.copy_blocks(copies)
         starts, ends = np.array([span[1:] for span in spans]).T
         counts = ends - starts
         query_start = np.concatenate([[0], counts.cumsum()])
@@ -1693,10 +1745,10 @@ MAX_LOGPROBS = 20  # of a token; hundreds for each fill the memory, and writing 
 STEP_FAILED = "the step that computed this request failed; the server's log says why"
 
 SAMPLING_FIELDS = {f.name for f in fields(SamplingParams)} - {"prompt_logprobs", "logits_processor"}
-COMMON_FIELDS = SAMPLING_FIELDS | {"model", "stream", "stream_options", "priority", "cache_salt"}
+COMMON_FIELDS = SAMPLING_FIELDS | {"model", "stream", "stream_options", "priority", "cache_salt", "user"}
 COMPLETION_FIELDS = COMMON_FIELDS | {"prompt", "echo"}
 CHAT_FIELDS = COMMON_FIELDS | {"messages", "top_logprobs", "max_completion_tokens"}
-HARMLESS_FIELDS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+HARMLESS_FIELDS = {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
                    "prompt_cache_retention"}  # of OpenAI's, without a say in the answer
 
 
@@ -1870,7 +1922,9 @@ class Job:
             raise ValueError("stream_options: may hold include_usage, and needs stream to be true")
         self.include_usage = flag(options or {}, "include_usage")
         self.priority = 0 if body.get("priority") is None else body["priority"]
-        self.cache_salt = body.get("cache_salt")
+        self.cache_salt, self.tenant = body.get("cache_salt"), body.get("user")
+        if not isinstance(self.tenant, (str, type(None))):
+            raise ValueError(f"user: must be a text, got {self.tenant!r}")
         self.num_samples = len(self.source) * self.params.n
         self.prompts: list[list[int]] = []  # token ids, once `tokenize` has run
         # The engine thread's:
@@ -1952,7 +2006,7 @@ class EngineThread(threading.Thread):
             if self.over:
                 raise HTTPError(503, self.over)
             for i, prompt in enumerate(job.prompts):
-                request = self.llm.add_request(prompt, job.params, job.priority, job.cache_salt)
+                request = self.llm.add_request(prompt, job.params, job.priority, job.cache_salt, job.tenant)
                 job.requests.append(request)
                 self.jobs[request] = job, i * job.params.n
             self.num_prompt_tokens += sum(map(len, job.prompts))
@@ -1988,7 +2042,7 @@ class EngineThread(threading.Thread):
                 continue
             try:
                 if request.error:
-                    raise HTTPError(500, request.error)
+                    raise HTTPError(504 if request.expired else 500, request.error)
                 update = self._update(job, index + request.sample_index, request, now)
             except Exception as error:
                 update, self.num_failed = self._failure(error), self.num_failed + 1
@@ -2456,7 +2510,7 @@ class Server(contextlib.AbstractContextManager):
     async def _complete(self, connection, body, is_chat):
         job = Job(body, is_chat)
         self._check_model(body)
-        if job.priority and self.llm.scheduler.policy in (POLICIES["fcfs"], POLICIES["shortest"]):
+        if job.priority and not self.llm.scheduler.policy.uses_priority:
             raise ValueError("priority: this server's policy does not look at it")
         with self._admitted(job):
             async with connection.watched():
@@ -2826,7 +2880,8 @@ def make_llm(args: argparse.Namespace, model=None, **more) -> LLM:
     where = {} if model else {"device": args.device, "dtype": args.dtype, "quantize": args.quantize}
     return LLM(model or args.model, **where, kv_dtype=args.kv_dtype, kv_memory=args.kv_memory,
                max_batch_tokens=args.max_batch_tokens, max_batch_requests=args.max_batch_requests,
-               max_model_len=args.max_model_len, graphs=not args.no_graphs, draft=args.draft, num_drafts=args.num_drafts,
+               max_model_len=args.max_model_len, graphs=not args.no_graphs, swap_memory=args.swap_memory,
+               draft=args.draft, num_drafts=args.num_drafts,
                seed=random.getrandbits(63) if args.seed is None else args.seed, **more)
 
 
@@ -2879,6 +2934,7 @@ def parser_for(command: str) -> argparse.ArgumentParser:
     engine.add_argument("--quantize", choices=LOW_BITS, help="round the weights to 8 or 4 bits while loading")
     engine.add_argument("--kv-dtype", default="auto", choices=KV_DTYPES, help="int8: about twice the tokens in its memory")
     engine.add_argument("--kv-memory", type=parse_memory, help="of the KV cache: 512MiB, 2GB, or a fraction of what is free")
+    engine.add_argument("--swap-memory", type=parse_memory, default=0, help="main memory for preempted requests' blocks (0)")
     engine.add_argument("--max-batch-tokens", type=int, help="token budget of a step")
     engine.add_argument("--max-batch-requests", type=int, help="requests that run at once (256)")
     engine.add_argument("--max-model-len", type=int, help="longest prompt and output together")
@@ -2897,6 +2953,7 @@ def parser_for(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--compare", choices=["transformers"], help="run the same through this, in turn")
         return parser
     if command == "serve":
+        parser.add_argument("--policy", choices=POLICIES, default="priority", help="who goes first (priority)")
         parser.add_argument("--host", default="127.0.0.1", help="127.0.0.1; 0.0.0.0 lets other machines in")
         parser.add_argument("--port", type=int, default=8000, help="0 is any free one (8000)")
         parser.add_argument("--api-key", default=os.environ.get("NANOSERVE_API_KEY"), help="or $NANOSERVE_API_KEY")
@@ -3028,7 +3085,7 @@ def generate_file(args: argparse.Namespace) -> None:
 
 def serve_until_signal(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT, then finish what runs. Returns 0, or 1 if the engine failed."""
-    llm = make_llm(args, policy="priority")  # first come, first served among requests that do not ask for anything else
+    llm = make_llm(args, policy=args.policy)
     # A folder's own name: the way to it is nobody's business.
     name = args.model or "nanoserve"
     name = Path(name).resolve().name if Path(name).is_dir() else name

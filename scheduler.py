@@ -16,7 +16,7 @@ already: the request has caught up again (`accept`). Drafts only fill what a ste
                      add                 schedule                    advance, append
         (client) ───────────► waiting ───────────────► running ───────────────────────────► finished
                                  ▲                        │
-                                 └──── preempt: blocks freed, num_computed = 0, tokens kept
+                                 └──── preempt: blocks freed, tokens kept; num_computed = 0, or blocks swapped out
 
 Invariants (numbered as the tests quote them):
   1. 0 <= num_computed <= len(tokens); a step computes (tokens + drafts)[num_computed : num_computed + n], n >= 1.
@@ -35,7 +35,8 @@ Iteration-level batching: Orca (OSDI'22). Chunked prefill: Sarathi-Serve (arXiv:
 
 import copy
 import heapq
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Hashable
 from itertools import count
 
 from cache import BlockPool
@@ -48,11 +49,13 @@ class Request:
 
     `tokens` is the prompt followed by what was generated; `width` is how many running requests it will become (n samples
     of one prompt are one request until the prompt is computed); `root` separates prefix caches (see `BlockPool.match`).
-    What the scheduler never looks at belongs to the engine.
+    `tenant` is who shares fairly with the others. Seconds: from arrival to the first token (`ttft_target`), between two
+    tokens (`itl_target`), from arrival to the end (`deadline`). What the scheduler never looks at belongs to the engine.
     """
 
     def __init__(self, prompt: list[int], max_tokens: int = 16, *, priority: int = 0, width: int = 1, root=None,
-                 reuse_prefix: bool = True, params=None):
+                 reuse_prefix: bool = True, params=None, tenant: Hashable = None, ttft_target: float | None = None,
+                 itl_target: float | None = None, deadline: float | None = None):
         self.tokens = list(prompt)
         self.num_prompt = len(prompt)
         self.max_tokens = max_tokens
@@ -61,15 +64,23 @@ class Request:
         self.root = root
         self.reuse_prefix = reuse_prefix  # False: compute every prompt token, as prompt logprobs need
         self.params = params
+        self.tenant = tenant
+        self.ttft_target, self.itl_target, self.deadline = ttft_target, itl_target, deadline
+        self.has_targets = (ttft_target, itl_target, deadline) != (None, None, None)
         self.num_computed = 0
         self.max_drafts = 0  # how many drafts it would take in the next step; whoever drives the scheduler adapts it
         self.drafts: list[int] = []  # those of the step under way, empty between steps
         self.block_table: list[int] = []
+        self.host_slots: list[int] = []  # while it waits: where the blocks of its num_computed tokens were swapped to
         self.status = WAITING
         self.finish_reason: str | None = None  # "stop" | "length" | "abort" once finished
         self.arrival = -1  # the how-manieth request this was, the same for all its samples; set when added
+        self.arrival_step = -1  # how many steps the scheduler had planned by then; set when added
         self.urgency: tuple = ()  # (policy's key, arrival, sample): smaller goes first; set when added
         self.num_preemptions = 0
+        self.arrived = self.last_token = 0.0  # when, by the scheduler's clock; before its first token: when it arrived
+        self.in_time = True  # no target was missed so far
+        self.expired = False  # its deadline ended it
         # The engine's:
         self.samples = [self]  # the requests this one was forked into, itself first
         self.sample_index = 0
@@ -91,41 +102,201 @@ class Request:
         """Tokens still to compute before the next one can be sampled."""
         return len(self.tokens) - self.num_computed
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all its samples have ended."""
+        return all(sample.status == FINISHED for sample in self.samples)
+
     def __repr__(self):
         return (f"Request({self.arrival}: {self.status}, {self.num_computed}/{len(self.tokens)} computed, "
                 f"{self.num_output}/{self.max_tokens} generated)")
 
 
-# A policy is a key function over requests: the smallest key is admitted first and preempted last. The key is taken once,
-# when a request arrives; ties go to whoever came first. C Request Scheduling: Inter-Request Scheduling.
-POLICIES: dict[str, Callable[[Request], object]] = {
-    "fcfs": lambda request: 0,
-    "priority": lambda request: request.priority,
-    "shortest": lambda request: request.num_prompt + request.max_tokens,  # the exact length is unknown, this bounds it
-}
+class Policy:
+    """Who goes first: the smallest `key` is admitted first and preempted last; ties go to whoever came first.
+
+    A plain function of a request will do for a policy: it is the key, taken once, when a request arrives. More is needed
+    where the order changes as requests are served. To keep the queue cheap, what may change is limited:
+      * The key of a waiting request stays. With `rekeys` that of a running one may change.
+      * Requests that are overtaken together wait in one `lane`. The `level` of a lane goes before any key, and may grow
+        at any time but never shrink: then an entry that is out of date comes up too early, is seen to be, and put back.
+    This one is first come, first served. Survey A VI.C · B 3.2.4 · C Request Scheduling: Inter-Request Scheduling.
+    """
+
+    uses_priority = False  # a server refuses priorities that make no difference
+    rekeys = False  # take the key anew whenever a running request is compared with others
+    outranks: Callable[[Request, Request], bool] | None = None  # may this waiting one take the place of that running one?
+
+    def key(self, request: Request):
+        """Smaller goes first, among the requests of a lane."""
+        return 0
+
+    def lane(self, request: Request) -> Hashable:
+        """Which requests `request` rises and falls with."""
+        return None
+
+    def level(self, lane: Hashable):
+        """Smaller goes first, among lanes."""
+        return 0
+
+    def admitted(self, request: Request, is_empty: bool) -> None:
+        """`request` has left the queue to run, for the first time or again; is_empty: it was the last one there."""
+
+    def sampled(self, request: Request, n: int) -> None:
+        """A step has generated n tokens for `request`."""
+
+
+class Aging(Policy):
+    """Smaller `rank` first, but `patience` steps of waiting make up for one rank, so that nobody waits for ever.
+
+    A rank that improves while one waits, rank - (now - arrival) / patience, orders requests as the constant
+    rank + arrival / patience does, `now` being the same for all: nothing has to be looked at again as time goes by.
+    """
+
+    def __init__(self, patience: float):
+        self.patience = _number("patience", patience, 1e-9)
+
+    def rank(self, request: Request) -> float:
+        """Smaller goes first."""
+        raise NotImplementedError
+
+    def key(self, request):
+        return self.patience * self.rank(request) + request.arrival_step
+
+
+class Priority(Aging):
+    """Smaller `priority` first. A level of it is worth `patience` steps of waiting."""
+
+    uses_priority = True
+
+    def __init__(self, patience: float = 100):
+        super().__init__(patience)
+
+    def rank(self, request):
+        return request.priority
+
+
+class Shortest(Aging):
+    """Fewest tokens first, prompt and output. A token is worth `patience` steps of waiting.
+
+    `predictor(request)` says how many tokens of output to expect, and is asked once; without one it is max_tokens, which
+    bounds them. Survey C Decoding Length Prediction.
+    """
+
+    def __init__(self, predictor: Callable[[Request], float] = lambda request: request.max_tokens, patience: float = 1):
+        super().__init__(patience)
+        self.predictor = predictor
+
+    def rank(self, request):
+        return request.num_prompt + self.predictor(request)
+
+
+class MLFQ(Aging):
+    """Skip-join multi-level feedback queue, for lengths that nobody can predict (FastServe, arXiv:2305.05920).
+
+    Level i is for requests of up to quantum * 2**i tokens. A prompt joins the level of its length, skipping those above;
+    a request that outgrows its level drops to the next. Each `patience` steps of waiting lift it by one, and a request
+    that is decoding makes room for one that is a whole level above it.
+    """
+
+    rekeys = True
+
+    def __init__(self, quantum: int = 64, levels: int = 8, patience: float = 100):
+        super().__init__(patience)
+        self.quantum, self.levels = int(_number("quantum", quantum, 1)), int(_number("levels", levels, 1))
+
+    def rank(self, request):
+        return min(((len(request.tokens) - 1) // self.quantum).bit_length(), self.levels - 1)
+
+    def key(self, request):
+        return super().key(request) + request.num_output  # a step that gave it a token was none of waiting
+
+    def outranks(self, waiting, running):
+        return self.key(running) - self.key(waiting) >= self.patience
+
+
+class Fair(Policy):
+    """The tenant that was served least goes first: a virtual token counter for each (VTC, arXiv:2401.00588).
+
+    A counter grows by `input_weight` per prompt token on admission, by `output_weight` per token generated; what is
+    computed again after preemption costs nothing. Who comes back after a while has not saved up: its counter is lifted to
+    `floor`, that of the tenant admitted last, than which none that waits is less. (The paper lifts to the least of them,
+    which at an admission is the same.) So waiting tenants' counters stay within U of each other, the most that a tenant
+    can be served without another admission: a longest prompt, and longest outputs in all places of the batch. Two tenants
+    with requests waiting get service that differs by at most 2 U, over any time. Survey A VI.C · C Miscellaneous Areas.
+    """
+
+    def __init__(self, input_weight: float = 1, output_weight: float = 2):
+        self.input_weight = _number("input_weight", input_weight, 0)
+        self.output_weight = _number("output_weight", output_weight, 0)
+        self.counters: dict[Hashable, float] = {}  # of a tenant that is not here: floor, or any less
+        self.floor, self._most = 0, 64
+
+    def lane(self, request):
+        return request.tenant
+
+    def level(self, lane):
+        return max(self.counters.get(lane, 0), self.floor)
+
+    def admitted(self, request, is_empty):
+        self.floor = self.level(request.tenant)
+        first = self.input_weight * request.num_prompt if not request.num_preemptions else 0
+        self.counters[request.tenant] = self.floor + first
+        if is_empty:
+            self.floor += first
+        if len(self.counters) > self._most:  # forget whom the floor has overtaken, or they would pile up
+            self.counters = {tenant: counter for tenant, counter in self.counters.items() if counter > self.floor}
+            self._most = 2 * len(self.counters) + 64
+
+    def sampled(self, request, n):
+        self.counters[request.tenant] = self.counters.get(request.tenant, 0) + n * self.output_weight
+
+
+def _number(name: str, value: float, least: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
+        raise ValueError(f"{name}: must be a number of at least {least:g}, got {value!r}")
+    return value
+
+
+POLICIES = {"fcfs": Policy, "priority": Priority, "shortest": Shortest, "mlfq": MLFQ, "fair": Fair}
 
 
 class Scheduler:
-    """Two queues over one `BlockPool`: `waiting`, in order of urgency, and `running`, in order of admission."""
+    """Two queues over one `BlockPool`: `waiting`, in order of urgency, and `running`, in order of admission.
+
+    policy: a name in POLICIES, a `Policy`, or a function of a request; clock: seconds, for targets and deadlines
+    prefers_swap: (tokens, blocks) -> whether to swap so many blocks out and in rather than to compute the tokens again
+    """
 
     def __init__(self, pool: BlockPool, *, max_batch_tokens: int, max_batch_requests: int, max_model_len: int,
-                 policy: str | Callable[[Request], object] = "fcfs", ridge: int = 0):
-        if not callable(policy) and policy not in POLICIES:
+                 policy: str | Policy | Callable[[Request], object] = "fcfs", ridge: int = 0,
+                 clock: Callable[[], float] = time.monotonic,
+                 prefers_swap: Callable[[int, int], bool] = lambda tokens, blocks: True):
+        if isinstance(policy, str) and policy in POLICIES:
+            policy = POLICIES[policy]()
+        elif callable(policy):
+            function, policy = policy, Policy()
+            policy.key, policy.uses_priority = function, True  # for all we know
+        if not isinstance(policy, Policy):
             raise ValueError(f"policy: {policy!r} is not one of {', '.join(POLICIES)}, nor a function of a request")
         if not 1 <= max_batch_requests <= max_batch_tokens:
             raise ValueError(f"max_batch_requests: must be from 1 to max_batch_tokens ({max_batch_tokens}), so that "
                              f"every running request can get a token in every step; got {max_batch_requests}")
-        self.pool, self.policy = pool, POLICIES[policy] if isinstance(policy, str) else policy
+        self.pool, self.policy, self.clock, self.prefers_swap = pool, policy, clock, prefers_swap
         self.max_batch_tokens, self.max_batch_requests = max_batch_tokens, max_batch_requests
         self.max_model_len = max_model_len
         # Up to so many tokens a step takes no longer than for one, as it waits for the weights from memory (the ridge of
         # the roofline); beyond, each takes its time, and a draft costs what it could save.
         self.ridge = ridge
         self.running: list[Request] = []
-        self._heap: list[tuple[tuple, Request]] = []  # waiting; holds aborted requests until they surface
-        self.num_waiting = 0
+        self._lanes: dict[Hashable, list[tuple[tuple, Request]]] = {}  # heaps of those that wait, and of aborted ones
+        self._heads: list[tuple] = []  # a heap of (level, urgency of who opened the lane, lane), one for each lane
+        self._deadlines: list[tuple[float, int, Request]] = []  # a heap; holds finished requests until they surface
+        self._expired: list[Request] = []  # see `take_expired`
+        self.num_waiting = self._num_gone = 0  # the latter: entries of requests that wait no longer
         self._arrivals = count()
-        self.num_preemptions = self.num_hit_tokens = 0
+        self.num_steps = self.num_preemptions = self.num_hit_tokens = self.num_with_targets = self.num_in_time = 0
+        self.num_swapped_out = self.num_swapped_in = self.num_swap_freed = 0  # blocks; freed: never needed again
 
     def add(self, request: Request) -> Request:
         """Queue a request. One that could never finish is refused here with a ValueError that names the limit."""
@@ -144,15 +315,21 @@ class Scheduler:
                              f"{pool.num_usable}; lower max_tokens or raise kv_memory")
         if request.width > self.max_batch_requests:
             raise ValueError(f"n: {request.width} samples are more than max_batch_requests={self.max_batch_requests}")
-        request.arrival = next(self._arrivals)
-        request.urgency = (self.policy(request), request.arrival, 0)
+        request.arrival, request.arrival_step = next(self._arrivals), self.num_steps
+        request.urgency = (self.policy.key(request), request.arrival, 0)
         try:
             self._enqueue(request)
         except TypeError:  # raised half-way through: undo
             self.num_waiting -= 1
-            self._heap = [entry for entry in self._heap if entry[1] is not request]
-            heapq.heapify(self._heap)
+            request.status = FINISHED
+            self._sweep()
             raise ValueError(f"policy: its key {request.urgency[0]!r} can not be compared with the others'") from None
+        request.arrived = request.last_token = self.clock()
+        if request.deadline is not None:
+            if len(self._deadlines) > 2 * (self.num_waiting + len(self.running)) + 64:
+                self._deadlines = [entry for entry in self._deadlines if not entry[2].is_over]
+                heapq.heapify(self._deadlines)
+            heapq.heappush(self._deadlines, (request.arrived + request.deadline, request.arrival, request))
         return request
 
     def has_work(self) -> bool:
@@ -162,7 +339,8 @@ class Scheduler:
     @property
     def waiting(self) -> list[Request]:
         """The waiting requests, most urgent first. A copy: for looking at, not for the step."""
-        return [request for _, request in sorted(self._heap) if request.status == WAITING]
+        lanes = sorted((self.policy.level(lane), opened, lane) for _, opened, lane in self._heads)
+        return [request for *_, lane in lanes for _, request in sorted(self._lanes[lane]) if request.status == WAITING]
 
     def schedule(self) -> list[tuple[Request, int]]:
         """Plan one step: [(request, n), ...], n tokens to compute for each; tables are extended to hold them.
@@ -173,6 +351,8 @@ class Scheduler:
 
         Survey A IV.A · B 3.2.4 · C Request Scheduling: Intra-Request Scheduling.
         """
+        self.num_steps += 1
+        self._expire()
         plan: dict[Request, int] = {}
         budget, preempted = self.max_batch_tokens, False
         for request in sorted(self.running, key=lambda request: request.num_behind):
@@ -183,7 +363,7 @@ class Scheduler:
             n = min(request.num_behind, budget)
             while self.pool.blocks_missing(request.block_table, request.num_computed,
                                            request.num_computed + n) > self.pool.num_free:
-                victim = max(self.running, key=lambda request: request.urgency)
+                victim = max(self.running, key=self._order)
                 self.preempt(victim)
                 preempted = True
                 budget += plan.pop(victim, 0)  # a victim that was already planned gives its share back
@@ -194,19 +374,24 @@ class Scheduler:
                 budget -= n
         places = self.max_batch_requests - sum(request.width for request in self.running)
         # Whoever had to make room goes first again; admitting others now would only move the shortage to them.
-        while budget and not preempted and (request := self._most_urgent()) and request.width <= places:
-            blocks = self.pool.match(request.tokens, request.root) if request.reuse_prefix else []
+        made_way: set[Request] = set()  # nobody leaves and comes back in one step
+        while budget and not preempted and (request := self._most_urgent()) and request not in made_way:
+            blocks = self._fitting(request) if request.width <= places else None
+            if blocks is None:
+                if not (victim := self._outranked(request)):
+                    break
+                self.preempt(victim)
+                made_way.add(victim)
+                budget, places = budget + plan.pop(victim, 0), places + victim.width
+                continue
             hit = len(blocks) * self.pool.block_size
-            # Ask for room for the whole request as it stands, though only n tokens of it are computed now: admitting
-            # a prompt that does not fit would preempt somebody in the middle of it. Cached blocks that lie in the free
-            # list count as taken the moment they are adopted.
-            room = self.pool.num_free - self.pool.num_free_in(blocks)
-            if self.pool.blocks_for(len(request.tokens)) - len(blocks) > room:
-                break
             self._dequeue(request)
+            self.policy.admitted(request, not self.num_waiting)
             request.block_table = self.pool.adopt(blocks)
-            request.num_computed = hit
             self.num_hit_tokens += hit
+            if request.host_slots:
+                self._swap_in(request)
+            request.num_computed = max(hit, request.num_computed)
             n = min(request.num_behind, budget)
             self._plan(plan, request, n)
             budget -= n
@@ -222,7 +407,14 @@ class Scheduler:
         request.num_computed += n
         for i in filled:
             self.pool.publish(request.block_table, i, request.tokens, request.root)
-        return request.num_behind == 0
+        if request.num_behind:
+            return False
+        self.policy.sampled(request, request.width)
+        if request.has_targets:
+            now, target = self.clock(), request.itl_target if request.num_output else request.ttft_target
+            request.in_time &= target is None or now - request.last_token <= target
+            request.last_token = now
+        return True
 
     def accept(self, request: Request) -> bool:
         """Whether the token just appended is the next draft, and so computed already: the request samples once more.
@@ -253,10 +445,17 @@ class Scheduler:
         return request.samples if width > 1 else [request]
 
     def preempt(self, request: Request) -> None:
-        """Take a running request's blocks away and queue it again. Its tokens stay; their K and V are recomputed."""
+        """Take a running request's blocks away and queue it again. Its tokens stay; their K and V are swapped to the host
+        if there is room and that is cheaper, or else computed again.
+        """
         self.running.remove(request)
+        blocks = request.block_table[: self.pool.blocks_for(request.num_computed)]
+        if self.pool.free_slots and self.prefers_swap(request.num_computed, len(blocks)):
+            request.host_slots = self.pool.swap_out(blocks) or []
+            self.num_swapped_out += len(request.host_slots)
+        if not request.host_slots:
+            request.num_computed = 0
         self.pool.release(request.block_table)
-        request.num_computed = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._enqueue(request)
@@ -265,25 +464,42 @@ class Scheduler:
         """End a request, whichever queue it is in; a second call changes nothing."""
         if request.status == FINISHED:
             return
-        if request.status == RUNNING:
+        status, request.status, request.finish_reason = request.status, FINISHED, reason
+        if status == RUNNING:
             self.running.remove(request)
             self.pool.release(request.block_table)
         else:
-            self.num_waiting -= 1  # its heap entry is dropped when it surfaces, or when such entries are the majority
-            if len(self._heap) > 2 * self.num_waiting + 64:
-                self._heap = [entry for entry in self._heap if entry[1].status == WAITING and entry[1] is not request]
-                heapq.heapify(self._heap)
-        request.status, request.finish_reason = FINISHED, reason
+            self.num_swap_freed += len(request.host_slots)
+            self.pool.free_slots += request.host_slots
+            request.host_slots = []
+            self.num_waiting -= 1  # its entry is dropped when it surfaces, or when such entries are the majority
+            self._num_gone += 1
+            if self._num_gone > self.num_waiting + 64:
+                self._sweep()
+        if request.has_targets:
+            late = request.deadline is not None and self.clock() > request.arrived + request.deadline
+            self.num_with_targets += 1
+            self.num_in_time += reason != "abort" and request.in_time and not late
+
+    def take_expired(self) -> list[Request]:
+        """Who was ended by a deadline since the last call."""
+        expired, self._expired = self._expired, []
+        return expired
 
     def check(self) -> None:
         """Raise AssertionError unless all invariants hold between steps."""
-        self.pool.check([request.block_table for request in self.running])
+        slots = [slot for request in self.waiting for slot in request.host_slots]
+        self.pool.check([request.block_table for request in self.running], slots)
         assert sum(request.width for request in self.running) <= self.max_batch_requests
         for request in self.running:
             assert 0 <= request.num_computed <= len(request.tokens), request
             assert len(request.block_table) >= self.pool.blocks_for(request.num_computed), request
-        assert not any(request.block_table for request in self.waiting)
+        for request in self.waiting:
+            assert not request.block_table and self.pool.blocks_for(request.num_computed) == len(request.host_slots), request
+        assert not any(request.host_slots for request in self.running)
         assert len(self.waiting) == self.num_waiting
+        assert sum(map(len, self._lanes.values())) == self.num_waiting + self._num_gone
+        assert sorted(map(repr, self._lanes)) == sorted(repr(lane) for *_, lane in self._heads)
 
     def _plan_drafts(self, plan, budget):
         """Raise n by up to `max_drafts` where a request catches up: with what everybody else has left, in equal shares.
@@ -306,18 +522,91 @@ class Scheduler:
         self.pool.extend(request.block_table, request.num_computed, request.num_computed + n)
         plan[request] = n
 
+    def _order(self, request) -> tuple:
+        """What `waiting` is sorted by, of any request."""
+        if self.policy.rekeys:
+            request.urgency = (self.policy.key(request), *request.urgency[1:])
+        return (self.policy.level(self.policy.lane(request)), *request.urgency)
+
+    def _fitting(self, request) -> list[int] | None:
+        """The blocks that match a waiting request, or None if there is no room for the others that it needs."""
+        blocks = self.pool.match(request.tokens, request.root) if request.reuse_prefix else []
+        # Ask for room for the whole request as it stands, though only n tokens of it are computed now: admitting
+        # a prompt that does not fit would preempt somebody in the middle of it. Cached blocks that lie in the free
+        # list count as taken the moment they are adopted.
+        room = self.pool.num_free - self.pool.num_free_in(blocks)
+        return None if self.pool.blocks_for(len(request.tokens)) - len(blocks) > room else blocks
+
+    def _outranked(self, request) -> Request | None:
+        """Who should make way for a waiting request, if the policy wants that: the least urgent of those running.
+
+        Only one that comes after the request in any case, or a policy that contradicts itself would have no end.
+        """
+        if not self.policy.outranks or not self.running:
+            return None
+        last = max(self.running, key=self._order)
+        return last if self._order(last) > self._order(request) and self.policy.outranks(request, last) else None
+
+    def _swap_in(self, request):
+        """Back into the cache with what does not match: into new blocks, from which others may share it again."""
+        table, hit, size = request.block_table, len(request.block_table), self.pool.block_size
+        self.pool.extend(table, hit * size, request.num_computed)
+        self.pool.swap_in(request.host_slots, table[hit:])
+        for i in range(hit, request.num_computed // size):
+            self.pool.publish(table, i, request.tokens, request.root)
+        self.num_swapped_in += len(table) - hit
+        self.num_swap_freed += len(request.host_slots) - (len(table) - hit)
+        request.host_slots = []
+
+    def _expire(self):
+        """End those past their deadlines, wherever they are: whatever they still got would come too late."""
+        while self._deadlines and self._deadlines[0][0] < self.clock():
+            for request in heapq.heappop(self._deadlines)[2].samples:
+                if request.status != FINISHED:
+                    request.error = f"deadline: {request.deadline:g} seconds have passed since the request arrived"
+                    request.expired = True
+                    self.finish(request, "abort")
+                    self._expired.append(request)
+
     def _enqueue(self, request):
         request.status = WAITING
         self.num_waiting += 1
-        heapq.heappush(self._heap, (request.urgency, request))
+        level, *urgency = self._order(request)
+        lane = self.policy.lane(request)
+        if lane not in self._lanes:
+            self._lanes[lane] = []
+            heapq.heappush(self._heads, (level, urgency, lane))
+        heapq.heappush(self._lanes[lane], (request.urgency, request))
 
     def _most_urgent(self) -> Request | None:
-        while self._heap and self._heap[0][1].status != WAITING:
-            heapq.heappop(self._heap)
-        return self._heap[0][1] if self._heap else None
+        """The head of the lane of the least level. Levels are as old as the last look at them, and may have grown."""
+        while self._heads:
+            level, opened, lane = self._heads[0]
+            queue = self._lanes[lane]
+            if not queue:
+                del self._lanes[lane]
+                heapq.heappop(self._heads)
+            elif queue[0][1].status != WAITING:
+                heapq.heappop(queue)
+                self._num_gone -= 1
+            elif level < (now := self.policy.level(lane)):
+                heapq.heapreplace(self._heads, (now, opened, lane))
+            else:
+                return queue[0][1]
+        return None
 
     def _dequeue(self, request):
-        heapq.heappop(self._heap)
+        heapq.heappop(self._lanes[self.policy.lane(request)])
         self.num_waiting -= 1
         request.status = RUNNING
         self.running.append(request)
+
+    def _sweep(self):
+        """Drop the entries of requests that wait no longer."""
+        self._lanes = {lane: [entry for entry in queue if entry[1].status == WAITING]
+                       for lane, queue in self._lanes.items()}
+        self._lanes = {lane: queue for lane, queue in self._lanes.items() if queue}
+        self._heads = [head for head in self._heads if head[2] in self._lanes]
+        for heap in (self._heads, *self._lanes.values()):
+            heapq.heapify(heap)
+        self._num_gone = 0

@@ -49,7 +49,9 @@ def engine(blocks: int = 200, *, model: GPT | None = None, tokenizer: str = "", 
     block = KVCache.bytes_per_block(c.num_layers, size, c.num_kv_heads, c.head_dim, entry)
     llm = LLM(model, kv_memory=(blocks + 1) * block, **{"max_batch_tokens": 64, "max_batch_requests": 16, **options})
     # What was never written must never be read.
-    (llm.cache.data if llm.cache.scales is None else llm.cache.scales).fill_(math.nan)
+    for tensor in (*llm.cache.tensors, *llm.cache.host):
+        if tensor.is_floating_point():
+            tensor.fill_(math.nan)
     if tokenizer:
         llm.tokenizer = Tokenizer(TOKENIZERS / tokenizer)
     return llm
@@ -137,8 +139,8 @@ def test_names_and_defaults():
     assert list(parameters)[0] == "model" and parameters["model"].default is None
     options = {name: p.default for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
     assert options.keys() == {"device", "dtype", "quantize", "kv_dtype", "kv_memory", "block_size", "max_batch_tokens",
-                              "max_batch_requests", "max_model_len", "policy", "prefix_caching", "graphs", "seed", "draft",
-                              "num_drafts"}
+                              "max_batch_requests", "max_model_len", "policy", "prefix_caching", "graphs", "swap_memory",
+                              "seed", "draft", "num_drafts"}
     fixed = {"device": "auto", "dtype": "auto", "kv_dtype": "auto", "block_size": 16, "policy": "fcfs",
              "prefix_caching": True, "seed": 0}
     assert {name: options[name] for name in fixed} == fixed
@@ -148,7 +150,7 @@ def test_names_and_defaults():
         return {name: p.default for name, p in found if p.default is not p.empty}
 
     assert arguments(LLM.generate) == {"params": None, "progress": False}
-    assert arguments(LLM.add_request).items() >= {"params": None, "priority": 0}.items()
+    assert arguments(LLM.add_request).items() >= {"params": None, "priority": 0, "tenant": None}.items()
     assert {f.name for f in fields(Output)} >= {"text", "token_ids", "finish_reason", "logprobs", "prompt_token_ids"}
     assert {f.name for f in fields(SamplingParams)} >= {
         "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
@@ -219,13 +221,61 @@ def test_tokens_do_not_depend_on_circumstances(circumstance, kv_dtype):
     assert (stats["hit_tokens"] == 0) == (circumstance == "no prefix cache")
 
 
+@pytest.mark.parametrize("prefix_caching", (True, False))
+@pytest.mark.parametrize("swap", (None, False, True))
+def test_swapping_changes_no_token(swap, prefix_caching):
+    """On a pool that is much too small: swapped always, never though there is room, or without room for it."""
+    model = GPT(ModelConfig.from_dict(CONFIG), torch.float32, "cpu").randomize(1, std=0.5)
+    memory = 0 if swap is None else 1 << 20
+    llm = engine(10, model=model, swap_memory=memory, prefix_caching=prefix_caching)
+    llm.scheduler.prefers_swap = lambda tokens, blocks: swap
+    prompts, params = zip(*[(prompt, replace(GREEDY, max_tokens=p.max_tokens, n=p.n)) for prompt, p in CROWD])
+    outputs = llm.generate(prompts, list(params))
+    roomy = engine(model=model, prefix_caching=prefix_caching)
+    assert tokens_of(outputs) == tokens_of(roomy.generate(prompts, list(params)))
+    stats, least = llm.stats(), roomy.stats()["computed_tokens"]
+    assert stats["preemptions"] > 0 and is_clean(llm)
+    assert sorted(llm.pool.free_slots) == list(range(llm.pool.num_host_slots))
+    assert stats["blocks_swapped_out"] == stats["blocks_swapped_in"] + stats["blocks_swap_freed"]
+    assert (stats["blocks_swapped_out"] > 0) == bool(swap)
+    if not prefix_caching:
+        assert (stats["computed_tokens"] == least) == bool(swap), "nothing that was swapped is computed again"
+        assert stats["blocks_swap_freed"] == 0
+
+
+def test_swapping_is_decided_by_what_was_measured(monkeypatch):
+    """The cheaper of copying so many blocks and computing so many tokens."""
+    monkeypatch.setattr(LLM, "_measure_swap", lambda self: (0.001, 0.01))
+    prefers = engine(swap_memory=1 << 20).scheduler.prefers_swap
+    assert prefers(41, 4) and not prefers(40, 4) and not prefers(1, 1)
+    monkeypatch.undo()
+    per_token, per_block = engine(swap_memory=1 << 20)._measure_swap()
+    assert per_token > 0 and per_block > 0
+
+
+def test_blocks_come_back_from_the_host_as_they_went():
+    """Every layer, keys and values, into whichever block; all that goes out is read before anything is written."""
+    cache = KVCache(2, 5, 4, 2, 8, torch.float32, "cpu", num_host_slots=3)
+    cache.data.normal_(generator=torch.Generator().manual_seed(0))
+    before = cache.data.clone()
+    cache.swap({2: 1, 0: 4}, {})
+    cache.data[:, :, 1] = 0
+    cache.swap({1: 1}, {1: 0, 3: 2})
+    assert torch.equal(cache.data[:, :, 1], before[:, :, 4]) and torch.equal(cache.data[:, :, 3], before[:, :, 1])
+    assert not cache.host[0][1].any()
+    for block in (0, 2, 4):
+        assert torch.equal(cache.data[:, :, block], before[:, :, block])
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_random_requests_on_a_tiny_pool(seed):
     """Random parameters, arrivals and aborts; whoever is not aborted gets what it would get alone."""
     rng = random.Random(seed)
     width, eos = rng.randint(2, 6), {rng.randrange(64), rng.randrange(64)}
     llm = engine(rng.randint(8, 14), max_batch_requests=width, max_batch_tokens=rng.choice((width, 9, 40)),
-                 policy=rng.choice(("fcfs", "shortest", "priority")), prefix_caching=rng.random() < 0.8)
+                 policy=rng.choice(("fcfs", "shortest", "priority", "mlfq", "fair")), prefix_caching=rng.random() < 0.8,
+                 swap_memory=rng.choice((0, 1 << 14, 1 << 20)))
+    llm.scheduler.prefers_swap = lambda tokens, blocks: rng.random() < 0.8
     llm.eos_ids = frozenset(eos)
     stem, work, aborted = [rng.randrange(64) for _ in range(12)], [], set()
     for step in itertools.count():
@@ -238,7 +288,7 @@ def test_random_requests_on_a_tiny_pool(seed):
                 presence_penalty=rng.choice((0, 2)), frequency_penalty=rng.choice((0, -1.5)),
                 ignore_eos=rng.random() < 0.5, stop_token_ids=rng.sample(range(64), rng.choice((0, 0, 8))))
             p.min_tokens = rng.randint(0, p.max_tokens)
-            work.append((prompt, p, llm.add_request(prompt, p, priority=rng.randrange(3))))
+            work.append((prompt, p, llm.add_request(prompt, p, priority=rng.randrange(3), tenant=rng.choice("ab"))))
         elif work and rng.random() < 0.04:
             aborted.add(victim := rng.choice(work)[2])
             llm.abort(victim)
@@ -545,7 +595,9 @@ def test_what_just_fits_is_served():
     ({"kv_memory": 1000}, "kv_memory.*1000"), ({"kv_memory": -1}, "kv_memory"), ({"kv_memory": True}, "kv_memory"),
     ({"policy": "random"}, "policy.*random"), ({"max_batch_requests": 0}, "max_batch_requests.*0"),
     ({"max_batch_tokens": 4, "max_batch_requests": 8}, "max_batch_requests.*4.*8"),
-    ({"block_size": 0}, "block_size.*0"), ({"kv_dtype": "fp8"}, "kv_dtype: must be auto or int8, got 'fp8'")], ids=str)
+    ({"block_size": 0}, "block_size.*0"), ({"kv_dtype": "fp8"}, "kv_dtype: must be auto or int8, got 'fp8'"),
+    ({"swap_memory": -1}, "swap_memory.*-1"),
+    ({"swap_memory": 0.5}, "swap_memory.*0.5"), ({"swap_memory": math.inf}, "swap_memory.*inf")], ids=str)
 def test_impossible_engines_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         LLM(toy(), **options)
@@ -766,6 +818,7 @@ def test_broken_keys_and_values_are_not_inherited(monkeypatch):
 
 @pytest.mark.parametrize("options, name", [({"priority": "x"}, "priority"), ({"priority": float("nan")}, "priority"),
                                            ({"priority": True}, "priority"), ({"cache_salt": ["a"]}, "cache_salt"),
+                                           ({"tenant": 7}, "tenant"),
                                            ({"params": {"temperature": 0}}, "params")])
 def test_add_request_refuses_what_would_break_the_queue(options, name):
     llm = engine()
@@ -781,6 +834,40 @@ def test_a_policy_whose_keys_do_not_compare_refuses_the_request():
         llm.add_request([3, 4], GREEDY)
     assert llm.scheduler.waiting == [first]
     llm.scheduler.check()
+
+
+def test_a_deadline_ends_a_request_with_what_it_has():
+    """`step` returns it like any that changed, `generate` its output; whoever waited has cost nothing."""
+    llm = engine(max_batch_requests=1)
+    now = 0
+    llm.scheduler.clock = lambda: now
+    running = llm.add_request([1, 2, 3], replace(GREEDY, deadline=5, ttft_target=1, max_tokens=20))
+    waiting = llm.add_request([4, 5, 6], replace(GREEDY, deadline=4))
+    quick = llm.add_request([7, 8, 9], replace(GREEDY, itl_target=0.5, max_tokens=2))
+    assert llm.step() == [running]
+    now = 4.5
+    assert llm.step() == [running, waiting] and waiting.finish_reason == "abort" and "deadline" in waiting.error
+    now = 5.5
+    assert llm.step() == [quick, running] and llm.output(running).token_ids == Slow.generate([1, 2, 3], GREEDY)[:2]
+    assert llm.step() == [quick] and llm.step() == []
+    stats = llm.stats()
+    assert (stats["goodput"], stats["with_targets"], stats["aborted"], stats["finished"]) == (1, 3, 2, 1)
+    assert stats["computed_tokens"] == 3 + 1 + 3 + 1  # nothing for the one that waited
+    llm.scheduler.clock = iter(range(0, 10_000, 2)).__next__
+    late, other = llm.generate([[1, 2, 3], [4, 5]], [replace(GREEDY, deadline=7), replace(GREEDY, max_tokens=1)])
+    assert late.finish_reason == "abort" and 0 < len(late.token_ids) < 8 and other.finish_reason == "length"
+    assert is_clean(llm)
+
+
+def test_a_failed_step_does_not_hide_who_expired(monkeypatch):
+    llm = engine(max_batch_requests=1)
+    late, other = llm.add_request([1, 2], replace(GREEDY, deadline=1)), llm.add_request([3, 4], GREEDY)
+    start = llm.scheduler.clock()
+    llm.scheduler.clock = lambda: start + 60
+    monkeypatch.setattr(llm, "pack", lambda plan: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        llm.step()
+    assert llm.drop_step("it failed") == [other, late] and llm.stats()["aborted"] == 2 and is_clean(llm)
 
 
 def test_a_budget_alone_limits_the_requests_too():

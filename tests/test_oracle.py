@@ -65,7 +65,10 @@ class Oracle:
         self.abort_rate = rng.choice((0, 0, 0.02, 0.1))
         self.forget_rate = rng.choice((0, 0, 0, 0.05))
         self.num_requests = 20
-        policy = rng.choice((*scheduler.POLICIES, long_first))
+        policy = rng.choice((*scheduler.POLICIES, "mlfq", "fair", long_first))
+        self.deadlines = rng.choice(((None,), (None,), (None, None, 8, 20, 50)))
+        self.targets = rng.choice(((None,), (None, 2, 5, 20)))
+        self.tenants = rng.choice(("a", "ab", "abcd"))
         scene = rng.choice(("mixed", "mixed", "squeeze", "squeeze", "samples"))
         if scene == "squeeze":  # long urgent prompts get a crumb per step while short ones use up the memory
             self.size, self.usable, self.limit = rng.randint(3, 4), rng.randint(8, 16), rng.randint(3, 5)
@@ -74,19 +77,34 @@ class Oracle:
         elif scene == "samples":  # many blocks are shared and copied, and somebody always hangs up
             self.size, self.limit, self.widths, self.abort_rate = rng.randint(2, 4), 6, (2, 3), 0.2
             self.budget = max(self.budget, self.limit)
+            self.usable = max(-(-self.max_len // self.size), self.usable // 2)
         self.ridge = rng.choice((0, self.budget, rng.randint(1, 12)))
         self.max_drafts = rng.randint(1, 5) if self.ridge else 0
         self.caching = rng.random() < 0.9
         self.roots = rng.choice(((None,), (None, "tenant")))
+        self.num_slots, self.swap_rate = rng.choice((0, 0, 2, 40)), rng.choice((0.5, 1, 1))
         self.bases = [[rng.randint(0, 1) for _ in range(self.max_len + 2)] for _ in range(rng.randint(1, 3))]
 
+        self.name, self.now = policy, 0.0  # the clock of this world, which ticks at random
+        if policy == "mlfq":
+            self.quantum, self.levels, self.patience = rng.randint(1, 6), rng.randint(2, 4), rng.randint(1, 8)
+            policy = scheduler.MLFQ(self.quantum, self.levels, self.patience)
         self.Request = scheduler.Request
-        self.pool = cache.BlockPool(self.usable + 1, self.size, prefix_caching=self.caching)
+        self.pool = cache.BlockPool(self.usable + 1, self.size, prefix_caching=self.caching, num_host_slots=self.num_slots)
         self.scheduler = scheduler.Scheduler(self.pool, max_batch_tokens=self.budget, max_batch_requests=self.limit,
-                                             max_model_len=self.max_len, policy=policy, ridge=self.ridge)
+                                             max_model_len=self.max_len, policy=policy, ridge=self.ridge,
+                                             clock=lambda: self.now,
+                                             prefers_swap=lambda tokens, blocks: rng.random() < self.swap_rate)
         self.memory = {(b, o): GARBAGE for b in range(self.usable + 1) for o in range(self.size)}
+        self.host = {(slot, o): GARBAGE for slot in range(self.num_slots) for o in range(self.size)}
+        self.swapped = Counter()  # blocks "out", "in", "freed"
         self.alive: list = []  # requests that have not finished
-        self.urgency: dict = {}  # request -> its urgency when it was added, which must never change
+        self.steps: dict = {}  # request -> steps taken before it arrived
+        self.served: dict = {}  # tenant -> its virtual token counter
+        self.floor = 0  # what no waiting tenant's counter is below
+        self.seen: set = set()  # requests that were admitted before
+        self.times: dict = {}  # request -> when it arrived, and when it got each token
+        self.in_time = self.with_targets = 0
         self.matched: dict = {}  # (root, prefix) -> blocks that matched it, none of them reused since
         self.chain: dict = {}  # request -> the entry of `matched` for its full blocks, while its own blocks continue it
         self.hits = 0
@@ -103,14 +121,22 @@ class Oracle:
             if self.rng.random() < self.forget_rate:
                 self.forget()
             if self.alive:
-                self.step()
                 self.tally["steps"] += 1
+                self.step()
             # Far above what any seed needs: who gets here is in a livelock.
             assert self.tally["steps"] < 20 * self.num_requests, "no end in sight"
         assert not self.scheduler.has_work() and self.scheduler.waiting == self.scheduler.running == []
         assert self.pool.num_free == self.usable and not any(self.pool.refs)
         assert self.scheduler.num_hit_tokens == self.hits
         assert self.scheduler.num_preemptions == self.tally["preempted"]
+        assert self.scheduler.num_steps == self.tally["steps"] and self.scheduler.num_in_time == self.in_time
+        assert self.scheduler.num_with_targets == self.with_targets
+        scheduler, swapped = self.scheduler, self.swapped
+        assert (scheduler.num_swapped_out, scheduler.num_swapped_in) == (swapped["out"], swapped["in"])
+        assert swapped["copied in"] <= swapped["in"], "more blocks were copied than had to be"
+        assert scheduler.num_swap_freed == swapped["out"] - swapped["in"]
+        self.pool.take_swaps()  # whatever was aborted before the step that would have read it
+        assert sorted(self.pool.free_slots) == list(range(self.num_slots)), "host slots are lost"
         return self
 
     # ------------------------------------------------------------------------------------------------ the client
@@ -126,7 +152,9 @@ class Oracle:
             prompt[-1] ^= 1
         max_tokens = min(rng.randint(1, self.max_tokens), max(1, self.max_len - length + (rng.random() < 0.1)))
         request = self.Request(prompt, max_tokens, priority=rng.randint(0, 9), root=rng.choice(self.roots),
-                               width=rng.choice(self.widths), reuse_prefix=rng.random() < 0.9)
+                               width=rng.choice(self.widths), reuse_prefix=rng.random() < 0.9,
+                               tenant=rng.choice(self.tenants), deadline=rng.choice(self.deadlines),
+                               ttft_target=rng.choice(self.targets), itl_target=rng.choice(self.targets))
         request.max_drafts = rng.randint(0, self.max_drafts)
         total = len(prompt) + max_tokens
         possible = total <= self.max_len and total - 1 <= self.usable * self.size and request.width <= self.limit
@@ -137,7 +165,8 @@ class Oracle:
             self.tally["refused"] += 1
         else:
             assert possible, f"should have been refused: {request}"
-            self._enter(request)
+            self.alive.append(request)
+            self.steps[request], self.times[request] = self.tally["steps"], [self.now]
 
     def abort(self) -> None:
         """Perhaps abort somebody, whatever it is doing just now."""
@@ -159,7 +188,19 @@ class Oracle:
     def finish(self, request, reason: str) -> None:
         """End a request and compare what it generated with plain generation."""
         self.scheduler.finish(request, reason)
+        self.check_end(request, reason)
+
+    def check_end(self, request, reason: str) -> None:
+        """What a request that has just ended got, and whether it got it in time."""
         self.alive.remove(request)
+        assert request.finish_reason == reason
+        arrived, *later = times = self.times[request]
+        limits = [request.ttft_target, *[request.itl_target] * len(later)]
+        if {request.ttft_target, request.itl_target, request.deadline} != {None}:
+            self.with_targets += 1
+            self.in_time += reason != "abort" and all(
+                limit is None or end - start <= limit for start, end, limit in zip(times, later, limits)) and (
+                request.deadline is None or self.now <= arrived + request.deadline)
         want = generate(request.tokens[: request.num_prompt], request.max_tokens, request.root, request.sample_index)
         assert request.tokens == want[: len(request.tokens)], f"wrong tokens: {request}"
         assert reason == "abort" or len(request.tokens) == len(want), f"too few tokens: {request}"
@@ -169,20 +210,31 @@ class Oracle:
 
     def step(self) -> None:
         """schedule, draft, copy, write, attend, commit; a request may be aborted in between at any point."""
-        before = {request: (request.status, tuple(request.tokens)) for request in self.alive}
-        self.fresh, self.made_room = set(), []
+        self.now += self.rng.randint(0, 2)
+        before = {request: (request.status, tuple(request.tokens), request.num_computed) for request in self.alive}
+        self.fresh, self.made_room, self.by_rank, self.preempted, self.adopted = set(), [], [], [], {}
+        free_slots = len(self.pool.free_slots)
         plan = self.scheduler.schedule()
-        self.check_plan(plan, before)
+        self.check_expired(before)
+        self.check_plan(plan, before, free_slots)
         self.abort()
         for request, n in plan:
             request.drafts = self.draft(request, n - request.num_behind) if request.status == "running" else []
-        self.pool.check([request.block_table for request in self.scheduler.running])
+        self.scheduler.check()
         plan = [(request, n) for request, n in plan if request.status == "running"]
+        if not plan:  # all aborted: no engine would run a step for nobody
+            return
 
+        swaps_out, swaps_in = self.pool.take_swaps()
+        self.swapped["copied in"] += len(swaps_in)
+        for slot, block in swaps_out.items():
+            self.host.update({(slot, o): self.memory[block, o] for o in range(self.size)})
         copies = {} if self.late_copies else self.pool.take_copies()
         held = {target: [self.memory[source, o] for o in range(self.size)] for target, source in copies.items()}
         for block in self.fresh:  # a new block holds garbage; poisoned here, as a copy may still have needed it
             self.memory.update({(block, o): GARBAGE for o in range(self.size)})
+        for block, slot in swaps_in.items():
+            self.memory.update({(block, o): self.host[slot, o] for o in range(self.size)})
         for block, slots in held.items():
             self.memory.update({(block, o): slot for o, slot in enumerate(slots)})
         self.tally["copies"] += len(copies)
@@ -203,6 +255,7 @@ class Oracle:
             self.check_slots(request.block_table, computed, request.root)
 
         self.abort()
+        self.now += self.rng.randint(0, 2)
         for request, n in plan:
             if request.status == "running":  # else aborted in flight: its token is dropped
                 self.commit(request, n)
@@ -236,7 +289,10 @@ class Oracle:
         for child in group[1:]:
             self.tally["forks"] += 1
             self.chain.update({child: self.chain[request]} if request in self.chain else {})
-            self._enter(child)
+            self.alive.append(child)
+            self.steps[child], self.times[child] = self.steps[request], list(self.times[request])
+            self.seen.add(child)
+        self.served[request.tenant] = self.served.get(request.tenant, 0) + 2 * width
         for member in group:
             self.append(member)
         if not drafts:
@@ -250,6 +306,7 @@ class Oracle:
             if not accepted:
                 break
             assert request.num_computed == len(request.tokens), f"samples at the wrong time: {request}"
+            self.served[request.tenant] += 2
             self.tally["accepted"], drafts = self.tally["accepted"] + 1, drafts - 1
             self.append(request)
         assert request.drafts == [] and (request.status == "finished" or request.num_behind == 1), f"left over: {request}"
@@ -271,6 +328,7 @@ class Oracle:
 
     def append(self, request) -> None:
         """What follows a sample."""
+        self.times[request].append(self.now)
         request.tokens.append(model(request.root, request.tokens, request.sample_index))
         if request.num_output == request.max_tokens:
             self.finish(request, "length")
@@ -288,13 +346,42 @@ class Oracle:
             slot = self.slot(table, i)
             assert self.memory[slot] == (root, tokens[: i + 1]), f"slot {slot}, token {i}: {self.memory[slot]}"
 
-    def check_plan(self, plan: list, before: dict) -> None:
+    def level(self, request) -> int:
+        """The counter of the request's tenant, where the policy is fair."""
+        return max(self.floor, self.served.get(request.tenant, 0)) if self.name == "fair" else 0
+
+    def key(self, request) -> float:
+        """The policies' definitions once more; it is the scheduler that is on trial, but they should mean this."""
+        if self.name == "mlfq":
+            sizes = [self.quantum * 2**i for i in range(self.levels - 1)]
+            level = sum(len(request.tokens) > size for size in sizes)
+            return self.patience * level + self.steps[request] + request.num_output
+        return {"fcfs": 0, "fair": 0, "priority": 100 * request.priority + self.steps[request], "shortest":
+                request.num_prompt + request.max_tokens + self.steps[request]}[self.name] \
+            if self.name != long_first else long_first(request)
+
+    def order(self, request) -> tuple:
+        """Smaller goes first."""
+        return self.level(request), self.key(request), request.arrival, request.sample_index
+
+    def check_expired(self, before: dict) -> None:
+        """Exactly those past their deadlines have left, running or waiting, and cost nothing any more."""
+        late = {r for r in before if r.deadline is not None and self.now > self.times[r][0] + r.deadline}
+        expired = self.scheduler.take_expired()
+        assert set(expired) == late and len(expired) == len(late), "not those past their deadlines"
+        for request in expired:
+            self.tally[f"expired {before.pop(request)[0]}"] += 1
+            self.check_end(request, "abort")
+            assert request.expired and "deadline" in request.error
+
+    def check_plan(self, plan: list, before: dict, free_slots: int) -> None:
         """Invariants 1, 3, 7, 8, order, and progress, of a plan that has not run yet."""
         given, running, waiting = dict(plan), self.scheduler.running, self.scheduler.waiting
-        assert plan and len(given) == len(plan), "a step with work must plan something, and nobody twice"
-        stayed = [r for r, (status, _) in before.items() if status == r.status == "running"]
-        preempted = [r for r, (status, _) in before.items() if status == "running" != r.status]
-        admitted = [r for r, (status, _) in before.items() if status == "waiting" != r.status]
+        assert (plan or not before) and len(given) == len(plan), "a step with work must plan something, and nobody twice"
+        stayed = [r for r, (status, *_) in before.items() if status == r.status == "running"]
+        preempted = [r for r, (status, *_) in before.items() if status == "running" != r.status]
+        admitted = [r for r, _ in plan if before[r][0] == "waiting"]
+        assert set(preempted) == set(self.preempted) and len(preempted) == len(self.preempted)
         total = sum(given.values())
         drafted = {request: n - request.num_behind for request, n in plan if n > request.num_behind}
         base = total - sum(drafted.values())
@@ -308,9 +395,8 @@ class Oracle:
             assert request.num_computed + n < request.num_prompt + request.max_tokens, f"computes its end: {request}"
             blocks = -(-(request.num_computed + n) // self.size)
             assert len(request.block_table) == blocks, f"{blocks} blocks needed for {n} tokens of {request}"
-        for request, (_, tokens) in before.items():
+        for request, (_, tokens, _) in before.items():
             assert tuple(request.tokens) == tokens, "scheduling changed tokens"
-            assert request.urgency == self.urgency[request], "scheduling changed the order"
 
         for request in stayed:
             short = given.get(request, 0) < request.num_behind
@@ -320,17 +406,43 @@ class Oracle:
             assert not short or base == self.budget or made_room, f"budget lost: {request}"
             assert not (short and admitted), f"waiting requests went before {request}"
         for request in preempted:
-            assert request.num_computed == 0 and request.block_table == []
-            assert all(request.urgency > other.urgency for other in running), f"not the least urgent: {request}"
+            assert request.block_table == []
+            computed, slots = before[request][2], len(request.host_slots)
+            assert request.num_computed == (computed if slots else 0) and slots in (0, -(-computed // self.size))
+            wanted = sum(-(-before[r][2] // self.size) for r in preempted)
+            assert slots or self.swap_rate < 1 or not computed or wanted > free_slots, f"not swapped: {request}"
+            self.swapped["out"] += slots
+            self.tally["swapped out"] += slots > 0
+            if request in self.by_rank:
+                assert self.name == "mlfq"
+                above = [r for r in {*admitted, *waiting} if self.key(r) + self.patience <= self.key(request)]
+                assert above, f"outranked by nobody: {request}"
+                assert all(self.order(request) > self.order(r) for r in stayed), f"not the least urgent: {request}"
+                self.tally["outranked"] += 1
+                continue
+            assert all(self.order(request) > self.order(other) for other in running), f"not the least urgent: {request}"
             assert not admitted, "admitted somebody though there was not enough room for those running"
-        for request in admitted:
-            hit = request.num_computed
-            assert hit % self.size == 0 and hit < len(request.tokens)
+        for place, request in enumerate(admitted):
+            for other in (*admitted[place + 1 :], *waiting):
+                fair = self.name == "fair" and request.tenant != other.tenant  # then only the counters decide
+                assert self.level(request) <= self.level(other) if fair else self.order(request) < self.order(other), \
+                    f"jumped the queue: {request}, {other}"
+            self.floor = self.level(request)
+            self.served[request.tenant] = self.floor + (0 if request in self.seen else request.num_prompt)
+            if place + 1 == len(admitted) and not waiting:  # whoever comes next finds nobody to be compared with
+                self.floor = self.served[request.tenant]
+            self.seen.add(request)
+            kept, hit = before[request][2], self.adopted[id(request.block_table)] * self.size
+            assert hit < len(request.tokens) and request.num_computed == max(kept, hit)
+            new = max(0, -(-kept // self.size) - hit // self.size)
+            self.swapped["in"] += new
+            self.tally["swapped in"] += new > 0
+            self.tally["swapped in beside a hit"] += new > 0 and hit > 0
             assert hit == 0 or (self.caching and request.reuse_prefix), f"unwanted prefix hit: {request}"
-            assert all(request.urgency < other.urgency for other in waiting), f"jumped the queue: {request}"
-            if hit:
+            if self.caching and request.reuse_prefix and request.num_computed >= self.size:
                 self.chain[request] = self.match_computed(request)
-                assert request.block_table[: hit // self.size] == self.chain[request]
+                assert len(self.chain[request]) == request.num_computed // self.size
+                assert request.block_table[: hit // self.size] == self.chain[request][: hit // self.size]
             self.hits += hit
             self.tally["hits"] += hit > 0
         self.tally["preempted"] += len(preempted)
@@ -363,10 +475,6 @@ class Oracle:
         blocks = self.pool.match([*full, 0], request.root)
         key = request.root, tuple(full[: len(blocks) * self.size])
         return self.matched.setdefault(key, blocks) if blocks else blocks
-
-    def _enter(self, request) -> None:
-        self.alive.append(request)
-        self.urgency[request] = request.urgency
 
     def _watch_pool(self) -> None:
         """Wrap the pool's methods: note new blocks, check that the least recently freed block is reused first, and
@@ -404,7 +512,9 @@ class Oracle:
         def watched_adopt(blocks, adopt=pool.adopt):
             for block in blocks:
                 freed.pop(block, None)
-            return adopt(blocks)
+            table = adopt(blocks)
+            self.adopted[id(table)] = len(blocks)
+            return table
 
         def watched_missing(table, start, end, missing=pool.blocks_missing):
             self.asking = table
@@ -412,8 +522,14 @@ class Oracle:
 
         def watched_preempt(victim, preempt=self.scheduler.preempt):
             self.made_room.append(self.asking)
+            self.preempted.append(victim)
             preempt(victim)
 
+        def watched_outranked(request, outranked=self.scheduler._outranked):
+            self.by_rank.append(outranked(request))
+            return self.by_rank[-1]
+
+        self.scheduler._outranked = watched_outranked
         pool.allocate, pool.release, pool.adopt = watched_allocate, watched_release, watched_adopt
         pool.trim = watched_trim
         pool.blocks_missing, self.scheduler.preempt = watched_missing, watched_preempt
@@ -437,7 +553,8 @@ def test_the_fuzz_reaches_every_corner():
     tally = sum((Oracle(seed).run().tally for seed in range(60)), Counter())
     rare = {corner: tally[corner] for corner in (
         "finished", "refused", "preempted", "chunks", "forks", "copies", "hits", "aborted waiting", "aborted running",
-        "aborted half-way running", "forgotten", "accepted", "rejected", "trimmed", "ended before a draft")
+        "aborted half-way running", "forgotten", "outranked", "expired waiting", "expired running", "swapped out",
+        "swapped in", "swapped in beside a hit", "accepted", "rejected", "trimmed", "ended before a draft")
         if tally[corner] < 10}
     assert not rare, f"hardly ever happened: {rare}"
 
@@ -446,7 +563,7 @@ def test_the_fuzz_reaches_every_corner():
 # Bugs planted by exact replacement, most of them shipped by somebody once. Each replaced text must occur exactly once,
 # so that a mutant breaks loudly, not silently, when the line it lives on changes.
 
-RESTART = "        request.num_computed = 0\n        request.num_preemptions"  # in Scheduler.preempt
+RESTART = "            request.num_computed = 0\n        self.pool.release"  # in Scheduler.preempt
 
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     # the prefix index
@@ -520,27 +637,89 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "forks are equally urgent": [
         ("scheduler", "child.urgency = (*request.urgency[:2], i)", "child.urgency = request.urgency")],
     # preemption
-    "preemption forgets to start over": [("scheduler", RESTART, "        request.num_preemptions")],
+    "preemption forgets to start over": [("scheduler", RESTART, "            pass\n        self.pool.release")],
     "preemption drops generated tokens": [
-        ("scheduler", RESTART, "        del request.tokens[request.num_prompt :]\n" + RESTART)],
+        ("scheduler", RESTART, "            del request.tokens[request.num_prompt :]\n" + RESTART)],
     "preemption counts generated tokens twice": [
-        ("scheduler", RESTART, "        request.num_prompt = len(request.tokens)\n" + RESTART)],
+        ("scheduler", RESTART, "            request.num_prompt = len(request.tokens)\n" + RESTART)],
     "preemption keeps the blocks": [
-        ("scheduler", "        self.pool.release(request.block_table)\n        request.num_computed = 0",
-         "        request.block_table = []\n        request.num_computed = 0")],
+        ("scheduler", "        self.pool.release(request.block_table)\n        request.num_preemptions",
+         "        request.block_table = []\n        request.num_preemptions")],
     "preemption sends to the back of the queue": [
         ("scheduler", "        self.num_preemptions += 1\n",
          "        self.num_preemptions += 1\n        request.urgency = (request.urgency[0], next(self._arrivals), 0)\n")],
-    "a victim stays in the plan": [("scheduler", "plan.pop(victim, 0)", "plan.get(victim, 0)")],
+    # policies
+    "a counter that has grown is not looked at again": [
+        ("scheduler", "elif level < (now := self.policy.level(lane)):", "elif False:")],
+    "the victim is chosen by keys that have changed": [("scheduler", "if self.policy.rekeys:", "if False:")],
+    "a tenant that was away has saved up": [
+        ("scheduler", "return max(self.counters.get(lane, 0), self.floor)", "return self.counters.get(lane, 0)")],
+    "a preempted request pays for its prompt again": [
+        ("scheduler", "self.input_weight * request.num_prompt if not request.num_preemptions else 0",
+         "self.input_weight * request.num_prompt")],
+    "the samples of a prompt pay for one": [("scheduler", "sampled(request, request.width)", "sampled(request, 1)")],
+    "a tenant is forgotten that is above the floor": [
+        ("scheduler", "if counter > self.floor}", "if False}"), ("scheduler", "self._most = 0, 64", "self._most = 0, 1")],
+    "a prompt joins the level above its own": [
+        ("scheduler", "(len(request.tokens) - 1) // self.quantum)", "len(request.tokens) // self.quantum)")],
+    "nobody is demoted": [("scheduler", "(len(request.tokens) - 1) // self.quantum)",
+                           "(request.num_prompt - 1) // self.quantum)")],
+    "running counts as waiting": [("scheduler", "super().key(request) + request.num_output", "super().key(request)")],
+    "waiting does not count": [("scheduler", "self.rank(request) + request.arrival_step", "self.rank(request)")],
+    "half a level outranks": [("scheduler", "self.key(waiting) >= self.patience", "self.key(waiting) >= self.patience / 2")],
+    "the most urgent is outranked": [("scheduler", "last = max(self", "last = min(self")],
+    "an outranked request stays in the plan": [
+        ("scheduler", "budget + plan.pop(victim, 0), places", "budget, places")],
+    "a place is not handed on": [("scheduler", "places + victim.width", "places")],
+    # deadlines and targets
+    "a deadline ends only those that wait": [
+        ("scheduler", "if request.status != FINISHED:\n", "if request.status == WAITING:\n")],
+    "a deadline ends the first sample only": [
+        ("scheduler", "heapq.heappop(self._deadlines)[2].samples:", "heapq.heappop(self._deadlines)[2].samples[:1]:")],
+    "a deadline is noticed late": [("scheduler", "self._deadlines[0][0] < self.clock()",
+                                    "self._deadlines[0][0] + 5 < self.clock()")],
+    "nobody looks at deadlines": [("scheduler", "        self._expire()\n", "")],
+    "a deadline counts from the last token": [
+        ("scheduler", "self.clock() > request.arrived +", "self.clock() > request.last_token +")],
+    "a late end is in time": [("scheduler", "request.in_time and not late", "request.in_time")],
+    "the first token has the target of the others": [
+        ("scheduler", "request.itl_target if request.num_output else request.ttft_target", "request.itl_target")],
+    "a target is for the sum of all steps": [("scheduler", "            request.last_token = now\n", "")],
+    "a missed target is made up for": [("scheduler", "request.in_time &= target", "request.in_time = target")],
+    # swapping
+    "an aborted request keeps its host slots": [("scheduler", "self.pool.free_slots += request.host_slots", "pass")],
+    "a swapped request keeps its host slots": [("cache", "self._read_slots += slots", "self._read_slots += []")],
+    "slots that a hit made needless are kept": [
+        ("cache", "self._read_slots += slots", "self._read_slots += slots[len(slots) - len(blocks) :]")],
+    "a slot is written in the step that reads it": [("cache", "self._read_slots += slots", "self.free_slots += slots")],
+    "swapped in from the first slots, not the last": [("cache", "slots[len(slots) - len(blocks) :]", "slots")],
+    "swapped in back to front": [("cache", "slots[len(slots) - len(blocks) :]", "slots[::-1]")],
+    "the blocks of a hit are swapped in as well": [
+        ("scheduler", "self.pool.swap_in(request.host_slots, table[hit:])", "self.pool.swap_in(request.host_slots, table)")],
+    "only full blocks are swapped": [
+        ("scheduler", "[: self.pool.blocks_for(request.num_computed)]", "[: request.num_computed // self.pool.block_size]")],
+    "what was swapped in is not shared": [
+        ("scheduler", "for i in range(hit, request.num_computed // size):", "for i in ():")],
+    "a block that is half full is shared": [
+        ("scheduler", "for i in range(hit, request.num_computed // size):", "for i in range(hit, len(table)):")],
+    "swapping keeps the blocks, too": [
+        ("scheduler", "        self.pool.release(request.block_table)\n        request.num_preemptions",
+         "        if not request.host_slots:\n            self.pool.release(request.block_table)\n"
+         "        request.num_preemptions")],
+    "a request that is preempted twice starts over": [
+        ("scheduler", "                self._swap_in(request)\n", "                self._swap_in(request)\n"
+         "                request.num_computed = hit\n")],
+    # more on preemption
+    "a victim stays in the plan": [("scheduler", "+= plan.pop(victim, 0)", "+= plan.get(victim, 0)")],
     "a victim's budget is lost": [("scheduler", "budget += plan.pop(victim, 0)", "plan.pop(victim, 0)")],
     "a victim's budget is refunded though it had none": [
-        ("scheduler", "plan.pop(victim, 0)", "plan.pop(victim, victim.num_behind)")],
+        ("scheduler", "+= plan.pop(victim, 0)", "+= plan.pop(victim, victim.num_behind)")],
     "a victim is planned later in the same step": [("scheduler", "if request.status != RUNNING:", "if False:")],
     "a request goes on after preempting itself": [
         ("scheduler", "                if victim is request:\n                    break\n", "")],
-    "the most urgent is preempted": [("scheduler", "victim = max(", "victim = min(")],
+    "the most urgent is preempted": [("scheduler", "victim = max(self", "victim = min(self")],
     "the last admitted is preempted": [
-        ("scheduler", "victim = max(self.running, key=lambda request: request.urgency)", "victim = self.running[-1]")],
+        ("scheduler", "victim = max(self.running, key=self._order)", "victim = self.running[-1]")],
     "a victim is admitted again at once": [("scheduler", "while budget and not preempted and", "while budget and")],
     # budget, limits, progress
     "a running request overdraws the budget": [
@@ -549,7 +728,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "a new request overdraws the budget": [
         ("scheduler", "n = min(request.num_behind, budget)\n            self._plan",
          "n = request.num_behind\n            self._plan")],
-    "a chunk samples": [("scheduler", "return request.num_behind == 0", "return True")],
+    "a chunk samples": [("scheduler", "if request.num_behind:\n", "if False:\n")],
     "long prompts go before decoding": [
         ("scheduler", "sorted(self.running, key=lambda request: request.num_behind)",
          "sorted(self.running, key=lambda request: -request.num_behind)")],
@@ -562,7 +741,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
          "places = self.max_batch_requests - len(self.running)")],
     "only the first chunk of a prompt finds room": [
         ("scheduler", "self.pool.blocks_for(len(request.tokens)) - len(blocks) > room", "False")],
-    "a prefix hit is computed again": [("scheduler", "request.num_computed = hit", "request.num_computed = 0")],
+    "a prefix hit is computed again": [("scheduler", "max(hit, request.num_computed)", "request.num_computed")],
     "hits are not counted": [("scheduler", "self.num_hit_tokens += hit", "self.num_hit_tokens += 0")],
     "the door counts a token too many": [
         ("scheduler", "if pool.blocks_for(length - 1) >", "if pool.blocks_for(length) >")],
@@ -617,7 +796,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "aborting a waiting request leaves it counted": [
         ("scheduler", "self.num_waiting -= 1  # its", "pass  # its")],
     "an aborted request is admitted": [
-        ("scheduler", "while self._heap and self._heap[0][1].status != WAITING:", "while False:")],
+        ("scheduler", "elif queue[0][1].status != WAITING:", "elif False:")],
     "aborting a running request keeps its blocks": [
         ("scheduler", "            self.pool.release(request.block_table)\n        else:",
          "            request.block_table = []\n        else:")],

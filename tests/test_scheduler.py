@@ -6,10 +6,13 @@
 test_oracle.py searches for what is not thought of here.
 """
 
+import random
+from itertools import combinations
+
 import pytest
 
 from cache import SCRATCH, BlockPool
-from scheduler import Request, Scheduler
+from scheduler import MLFQ, Fair, Policy, Priority, Request, Scheduler, Shortest
 
 
 def make(blocks=16, size=4, *, budget=64, requests=8, length=1000, policy="fcfs", caching=True) -> Scheduler:
@@ -21,6 +24,7 @@ def make(blocks=16, size=4, *, budget=64, requests=8, length=1000, policy="fcfs"
 def step(s: Scheduler, token=7, check=True) -> dict[Request, int]:
     """One step of an engine whose model always says `token`. Returns what was computed, by request."""
     plan = s.schedule()
+    s.pool.take_swaps()
     s.pool.take_copies()
     for request, n in plan:
         if s.advance(request, n):
@@ -286,6 +290,114 @@ def test_nobody_is_admitted_in_a_step_that_preempts():
     drain(s)
 
 
+# -------------------------------------------------------------------------------------------------------- swapping
+
+
+def swapping(blocks, size, slots, prefers=lambda tokens, blocks: True, **options) -> Scheduler:
+    """A scheduler with so many host slots."""
+    s = make(blocks, size, **options)
+    s.pool = BlockPool(blocks + 1, size, options.get("caching", True), slots)
+    s.prefers_swap = prefers
+    return s
+
+
+@pytest.mark.parametrize("slots, prefers, again", ((0, True, True), (99, False, True), (99, True, False)))
+def test_what_was_swapped_is_not_computed_again(slots, prefers, again):
+    """Every token is computed exactly once, and every block that went out comes back in."""
+    s = swapping(5, 2, slots, lambda tokens, blocks: prefers, requests=3, caching=False)
+    requests = [s.add(Request(tokens(2, 100 * i), 8)) for i in range(1, 4)]
+    total = 0
+    while s.has_work():
+        total += sum(step(s).values())
+    assert s.num_preemptions > 0 and all(request.num_output == 8 for request in requests)
+    assert (total > 3 * 9) == again and (again or total == 3 * 9)
+    assert s.num_swapped_out == s.num_swapped_in and s.num_swap_freed == 0 and (s.num_swapped_out > 0) == (not again)
+    assert sorted(s.pool.free_slots) == list(range(slots)) and s.pool.num_free == 5
+
+
+def test_swapping_where_there_is_room():
+    """A request that finds no slots for all its blocks is computed again; the policy is asked with exact numbers."""
+    asked = []
+    s = swapping(8, 2, 3, lambda *cost: asked.append(cost) or True)
+    big, small = s.add(Request(tokens(7), 2)), s.add(Request(tokens(5, 500), 2))
+    step(s)
+    s.preempt(big)  # four blocks
+    s.preempt(small)  # three
+    assert asked == [(7, 4), (5, 3)] and (big.num_computed, small.num_computed) == (0, 5)
+    assert big.host_slots == [] and sorted(small.host_slots) == [0, 1, 2] and s.pool.free_slots == []
+    s.check()
+
+
+def test_swapping_in_beside_a_prefix_hit():
+    """What is still in the cache is not copied, and a slot that is read in a step is not free in it."""
+    s = swapping(4, 2, 3, policy="priority")
+    first = s.add(Request(tokens(5), 3))
+    step(s)
+    table = list(first.block_table)
+    s.preempt(first)
+    slots = list(first.host_slots)
+    assert s.pool.swaps_out == dict(zip(slots, table)) and s.pool.free_slots == []
+    urgent = s.add(Request(tokens(4, 500), 1, priority=-1))  # takes the block that was never used, and the tail
+    assert step(s) == {urgent: 4} and s.pool.match(first.tokens) == table[:2]
+    assert s.schedule() == [(first, 1)] and first.num_computed == 5 and first.block_table[:2] == table[:2]
+    assert s.pool.swaps_in == {first.block_table[2]: slots[2]} and s.pool.free_slots == []
+    assert (s.num_swapped_out, s.num_swapped_in, s.num_swap_freed, s.num_hit_tokens) == (3, 1, 2, 4)
+    s.pool.take_swaps()
+    assert sorted(s.pool.free_slots) == [0, 1, 2]
+    s.check()
+
+
+def test_swapped_blocks_are_shared_again():
+    """Once back, they match for others: the second of two equal requests finds what the first one brought."""
+    s = swapping(6, 2, 9)
+    a, b = s.add(Request(tokens(5), 3)), s.add(Request(tokens(5), 3))
+    step(s)
+    s.preempt(a)
+    s.preempt(b)
+    s.pool.take_swaps()
+    s.pool.forget()
+    assert s.schedule() == [(a, 1), (b, 1)] and a.block_table[:2] == b.block_table[:2]
+    assert (s.num_swapped_out, s.num_swapped_in, s.num_swap_freed) == (6, 4, 2)
+
+
+def test_an_aborted_request_frees_its_host_slots():
+    s = swapping(8, 2, 3)
+    request = s.add(Request(tokens(5), 3))
+    step(s)
+    s.preempt(request)
+    assert s.pool.free_slots == []
+    s.finish(request, "abort")
+    s.check()
+    assert len(s.pool.free_slots) == 3 and not s.has_work() and s.num_swap_freed == 3
+
+
+def test_a_block_that_is_still_to_be_filled_is_not_swapped_out():
+    """Nothing is lost if somebody has to go in the very step that brings it back: it is computed again."""
+    s = swapping(8, 2, 9)
+    request = s.add(Request(tokens(5), 3))
+    step(s)
+    s.preempt(request)
+    s.pool.take_swaps()
+    s.pool.forget()
+    s.schedule()
+    s.preempt(request)
+    assert request.host_slots == [] and request.num_computed == 0
+    drain(s)
+    assert request.num_output == 3 and len(s.pool.free_slots) == 9
+
+
+def test_a_copy_that_is_due_is_swapped_out_from_its_source():
+    """The block that a sample is about to write is still empty: what belongs there is in the one it shares."""
+    s = swapping(10, 4, 4)
+    request = s.add(Request(tokens(6), 3, width=2))
+    step(s)
+    shared = list(request.block_table)
+    s.schedule()
+    assert s.pool.copies == {request.block_table[1]: shared[1]}
+    s.preempt(request)
+    assert list(s.pool.swaps_out.values()) == shared and s.pool.copies == {}
+
+
 # ------------------------------------------------------------------------------------- refusals, limits, and stalls
 
 
@@ -477,11 +589,11 @@ def test_aborted_entries_do_not_pile_up():
     step(s)
     for i in range(5_000):
         s.finish(s.add(Request(tokens(4, 10 * i), 1)), "abort")
-    assert s.num_waiting == 0 and len(s._heap) <= 64
+    assert s.num_waiting == 0 and sum(map(len, s._lanes.values())) <= 64
     stay = [s.add(Request(tokens(4, 10 * i), 1)) for i in range(20)]
     for i in range(1_000):
         s.finish(s.add(Request(tokens(4, 10 * i), 1)), "abort")
-    assert s.waiting == stay and len(s._heap) <= 2 * 20 + 64
+    assert s.waiting == stay and sum(map(len, s._lanes.values())) <= 2 * 20 + 64
 
 
 @pytest.mark.parametrize("policy, order", (
@@ -527,3 +639,346 @@ def test_samples_are_as_urgent_as_the_request_they_come_from():
     assert [sample.arrival for sample in first.samples] == [first.arrival] * 3
     assert [sample.urgency[2] for sample in first.samples] == [0, 1, 2]
     assert first.samples[0] not in preempted
+
+
+# --------------------------------------------------------------------------------------- who starves, and who does not
+# A step with one place and one token per request is the smallest server there is: every wait can be counted by hand.
+
+
+def wait(policy, request: Request, arrivals, steps=300) -> int | None:
+    """Steps until `request`, there from the start, first gets a token again after it has waited; arrivals(k) come before
+    step k. None: it waits still. One place, and a model that always says 7.
+    """
+    s = make(blocks=30, requests=1, budget=100, policy=policy)
+    s.add(request)
+    for k in range(steps):
+        for other in arrivals(k):
+            s.add(other)
+        if request in step(s) and k:
+            return k
+    return None
+
+
+def test_priority_ages():
+    """Urgent requests without end starve a patient one by priority alone; ten steps of waiting are worth a level."""
+    def urgent(k):
+        return [Request([1], 1)]
+
+    background = {"prompt": [2], "max_tokens": 1, "priority": 5}
+    assert wait(lambda request: request.priority, Request(**background), urgent) is None
+    assert wait(Priority(patience=10), Request(**background), urgent) == 50  # from then on the others came too late
+    assert wait("priority", Request([2], 1, priority=2), urgent) == 200  # by default 100
+    assert wait(Priority(patience=10), Request([2], 1), urgent) is None, "it went first, and never waited"
+
+
+def test_shortest_ages():
+    """Short requests without end starve a long one by length alone; a step of waiting is worth a token."""
+    def short(k):
+        return [Request([1], 1)]
+
+    assert wait(lambda request: request.num_prompt + request.max_tokens, Request([2], 99), short) is None
+    assert wait("shortest", Request([2], 99), short) == 98
+    assert wait(Shortest(patience=0.5), Request([2], 99), short) == 49
+
+
+def test_shortest_believes_its_predictor():
+    """Bounds say one thing, the predictor the other; it is asked once for each request, preempted or not."""
+    asked = []
+
+    def predictor(request):
+        asked.append(request)
+        return {900: 1, 3: 3}[request.max_tokens]
+
+    s = make(blocks=500, requests=1, policy=Shortest(predictor))
+    bounded, talkative = s.add(Request([1], 3)), s.add(Request([1], 900))
+    assert s.waiting == [talkative, bounded]
+    step(s)
+    s.preempt(talkative)
+    step(s)
+    assert asked == [bounded, talkative] and s.running == [talkative]
+
+
+def test_mlfq_lets_short_requests_pass():
+    """First come, first served makes a short request wait for a long one to end; here the long one makes room."""
+    def two(policy):
+        s = make(requests=1, budget=100, policy=policy)
+        long = s.add(Request([1] * 4, 60))
+        for _ in range(6):
+            step(s)
+        short, begin = s.add(Request([2], 2)), s.num_steps
+        while short.status != "finished":
+            step(s)
+        waited, at = s.num_steps - begin, long.num_preemptions
+        drain(s)
+        assert long.num_output == 60
+        return waited, at
+
+    assert two("fcfs") == (54 + 2, 0)
+    # Quantum 4: four tokens are level 0, with the fifth it is level 1, with the ninth level 2.
+    assert two(MLFQ(quantum=4, patience=10)) == (2, 1)
+    assert two(MLFQ(quantum=64, patience=1000)) == (54 + 2, 0)  # both on level 0, nobody makes room
+    assert two(MLFQ(quantum=64, patience=10)) == (10 + 2, 1)  # but takes turns, after ten steps each
+
+
+def test_mlfq_promotes_the_starving():
+    """Short requests without end would keep a demoted one out for ever, were waiting not worth a level now and then."""
+    def short(k):
+        return [Request([1], 1)] if k else []
+
+    assert wait(MLFQ(quantum=4, patience=10**6), Request([2] * 4, 60), short) is None
+    # It ran at step 0, dropped to level 1 (10 steps), and its one token counts as a step in which it did not wait.
+    assert wait(MLFQ(quantum=4, patience=10), Request([2] * 4, 60), short) == 11
+
+
+def test_mlfq_joins_the_level_of_its_prompt():
+    """Skip-join: a long prompt does not pass through the levels above its own; the last level takes all the rest."""
+    policy = MLFQ(quantum=4, levels=4, patience=1)
+    ranks = [policy.rank(Request([1] * n)) for n in (1, 4, 5, 8, 9, 16, 17, 32, 33, 999)]
+    assert ranks == [0, 0, 1, 1, 2, 2, 3, 3, 3, 3]
+
+
+def test_a_prompt_that_takes_the_whole_budget_is_not_outranked():
+    """What it leaves is for others to be admitted with, and that is nothing: it gets its token first."""
+    s = make(requests=1, budget=2, policy=MLFQ(quantum=1, levels=8, patience=1))
+    long = s.add(Request([1] * 20, 2))
+    step(s)
+    short = s.add(Request([2], 2))
+    assert [step(s) for _ in range(9)] == [{long: 2}] * 9 and long.num_output == 1
+    assert [step(s) for _ in range(2)] == [{short: 1}] * 2 and short.status == "finished"
+    drain(s)
+    assert long.num_output == 2 and long.num_preemptions == 1
+
+
+def test_a_policy_that_contradicts_itself_comes_to_an_end():
+    """Whoever is first by key can not be outranked, whatever the policy says."""
+    class Odd(Policy):
+        def outranks(self, waiting, running):
+            return True
+
+    s = make(requests=1, policy=Odd())
+    for i in range(3):
+        s.add(Request(tokens(3, 10 * i), 3))
+    assert drain(s) == 9 and s.num_preemptions == 0
+
+
+def test_fair_does_not_let_one_tenant_flood_the_queue():
+    """First come, first served: a hundred requests of one tenant, then the other's turn. Fair: the other's turn."""
+    def served_at(policy):
+        s = make(requests=1, budget=100, policy=policy)
+        for _ in range(100):
+            s.add(Request([1] * 4, 2, tenant="flood"))
+        for _ in range(4):
+            step(s)
+        other = s.add(Request([2] * 4, 2, tenant="other"))
+        while not other.num_output:
+            step(s)
+        return s.num_steps
+
+    assert served_at("fcfs") == 201 and served_at("fair") == 5
+
+
+def test_fair_counts_exactly():
+    """Prompts on admission, samples one by one, nothing twice; who was away has not saved up."""
+    s = make(blocks=4, size=2, policy=Fair(input_weight=3, output_weight=10))
+    counters = s.policy.counters
+    a = s.add(Request(tokens(3), 5, tenant="a", width=2))
+    step(s)
+    assert counters == {"a": 3 * 3 + 2 * 10}
+    drain(s)
+    assert counters == {"a": 3 * 3 + 2 * 5 * 10} and sum(r.num_preemptions for r in a.samples) > 0
+    s.add(Request(tokens(1), 1, tenant="a"))
+    step(s)  # admitted at 109, and the last to leave the queue: with 3 for its prompt that is the floor
+    s.add(Request(tokens(1), 1, tenant="b"))
+    drain(s)
+    assert counters == {"a": 109 + 13, "b": 112 + 13} and s.policy.floor == 115
+
+
+def test_fair_forgets_tenants():
+    """Whom the floor has overtaken would start at the floor anyway: a million names that come once leave no trace."""
+    s = make(policy="fair")
+    for i in range(2_000):
+        s.add(Request([1], 1, tenant=f"tenant {i}"))
+        drain(s)
+    assert len(s.policy.counters) <= 65 and not s._lanes and not s._heads
+
+
+class Hoarding(Fair):
+    """Without the lift, a planted bug: a tenant that was away may claim all that it has not used."""
+
+    def level(self, lane):
+        return self.counters.get(lane, 0)
+
+
+def service_gap(policy, seed: int) -> tuple[float, float]:
+    """The largest difference in service of two tenants over any time in which both had requests waiting, and 2 U.
+
+    Tenants come and go, with prompts, outputs, budgets and pools at random, so that there are preemptions and chunks.
+    """
+    rng = random.Random(seed)
+    longest_prompt, longest_output, places = rng.randint(1, 12), rng.randint(1, 12), rng.randint(1, 4)
+    weights = {"input_weight": rng.randint(0, 3), "output_weight": rng.randint(1, 4)}
+    s = make(blocks=rng.randint(6, 24), size=4, requests=places, budget=rng.randint(places, 20),
+             policy=policy(**weights) if isinstance(policy, type) else policy)
+    requests, seen, waiting = [], set(), []
+    served = dict.fromkeys("abc", 0)
+    since = {}  # pair -> least and largest difference since both are waiting
+    gap = 0
+    busy = {tenant: rng.randint(0, 200) for tenant in served}  # from when on a tenant floods the queue
+    for k in range(400):
+        for tenant in served:
+            there = sum(request.tenant == tenant for request in waiting)
+            for _ in range(places + 1 - there if k >= busy[tenant] else rng.random() < 0.02):
+                request = Request([1] * rng.randint(1, longest_prompt), rng.randint(1, longest_output), tenant=tenant)
+                requests.append(s.add(request))
+        before = {r: r.num_output for r in requests}
+        plan = s.schedule()
+        waiting = s.waiting
+        tenants = {request.tenant for request in waiting}
+        for request, n in plan:
+            served[request.tenant] += weights["input_weight"] * request.num_prompt * (request not in seen)
+            seen.add(request)
+            if s.advance(request, n):
+                request.tokens.append(7)
+                if request.num_output == request.max_tokens:
+                    s.finish(request, "length")
+        for request in requests:
+            served[request.tenant] += weights["output_weight"] * (request.num_output - before[request])
+        requests = [request for request in requests if request.status != "finished"]
+        for pair in combinations("abc", 2):
+            if not tenants.issuperset(pair):
+                since.pop(pair, None)
+                continue
+            now = served[pair[0]] - served[pair[1]]
+            low, high = since.get(pair, (now, now))
+            since[pair] = min(low, now), max(high, now)
+            gap = max(gap, since[pair][1] - since[pair][0])
+    return gap, 2 * (weights["input_weight"] * longest_prompt + weights["output_weight"] * places * longest_output)
+
+
+def test_fair_keeps_its_bound():
+    """VTC's theorem: over any time in which two tenants wait, their service differs by at most 2 U."""
+    gaps = [service_gap(Fair, seed) for seed in range(8)]
+    assert all(0 < gap <= bound for gap, bound in gaps), gaps
+    for wrong in ("fcfs", Hoarding):
+        assert any(gap > bound for gap, bound in (service_gap(wrong, seed) for seed in range(8))), wrong
+
+
+@pytest.mark.parametrize("tenants", (1, 10_000))
+def test_many_tenants_cost_nothing_per_step(tenants):
+    """Served or not, a tenant's requests share one entry: counters are looked at as often with 10,000 as with 100."""
+    def looks(waiting):
+        s, looked = make(blocks=64, size=4, requests=4, policy="fair"), 0
+        level = s.policy.level
+
+        def counted(lane):
+            nonlocal looked
+            looked += 1
+            return level(lane)
+
+        for i in range(waiting):
+            s.add(Request(tokens(5, 10 * i), 3, tenant=i % tenants))
+        s.policy.level = counted
+        for _ in range(6):
+            step(s, check=False)
+        return looked
+
+    assert looks(10_000) == looks(100) <= 40
+
+
+@pytest.mark.parametrize("policy, message", (
+    (lambda: Priority(patience=0), "patience"), (lambda: Shortest(patience=float("nan")), "patience"),
+    (lambda: MLFQ(quantum=0), "quantum"), (lambda: MLFQ(levels=True), "levels"),
+    (lambda: Fair(input_weight=-1), "input_weight"), (lambda: Fair(output_weight="2"), "output_weight"),
+))
+def test_bad_policies_are_refused(policy, message):
+    with pytest.raises(ValueError, match=f"{message}: must be a number of at least"):
+        policy()
+
+
+# ------------------------------------------------------------------------------------------------ targets, deadlines
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def timed(**options) -> tuple[Scheduler, Clock]:
+    s, clock = make(**options), Clock()
+    s.clock = clock
+    return s, clock
+
+
+def test_a_request_past_its_deadline_costs_nothing():
+    """It leaves the queue before the step that would have computed it; not a moment before its deadline."""
+    s, clock = timed(requests=1)
+    running = s.add(Request(tokens(4), 9))
+    step(s)
+    late = s.add(Request(tokens(4, 200), 1, deadline=5))
+    patient = s.add(Request(tokens(4, 300), 1, deadline=50))
+    clock.now += 5
+    assert step(s) == {running: 1} and late.status == "waiting" and s.take_expired() == []
+    clock.now += 0.25
+    s.finish(running, "length")
+    assert step(s) == {patient: 4} and patient.finish_reason == "length"
+    assert (late.finish_reason, late.num_computed, late.expired) == ("abort", 0, True)
+    assert late.error == "deadline: 5 seconds have passed since the request arrived"
+    assert s.take_expired() == [late] and s.take_expired() == [] and not s.has_work()
+    assert (s.num_with_targets, s.num_in_time) == (2, 1)
+
+
+def test_a_running_request_past_its_deadline_frees_its_blocks():
+    """All its samples end, those that wait after preemption too; who comes to its end in the last moment is in time."""
+    s, clock = timed(blocks=3, size=4)
+    request = s.add(Request(tokens(4), 9, width=2, deadline=3))
+    step(s)
+    step(s)
+    assert [sample.status for sample in request.samples] == ["running"] * 2
+    s.preempt(request.samples[1])
+    clock.now += 3.5
+    assert s.schedule() == [] and s.pool.num_free == 3 and not s.has_work()
+    assert s.take_expired() == request.samples and (s.num_with_targets, s.num_in_time) == (2, 0)
+    exact = s.add(Request(tokens(4), 2, deadline=3))
+    step(s)
+    clock.now += 3
+    step(s)
+    assert exact.finish_reason == "length" and s.num_in_time == 1
+
+
+def test_deadlines_do_not_pile_up():
+    """Those of finished requests are dropped, though they lie far in the future."""
+    s, _ = timed()
+    for i in range(2_000):
+        s.add(Request([1, i], 1, deadline=1e6))
+        drain(s)
+    assert len(s._deadlines) <= 66
+
+
+@pytest.mark.parametrize("targets, gaps, good", (
+    ({"ttft_target": 2}, (2, 9, 9), True), ({"ttft_target": 2}, (2.5, 0, 0), False),
+    ({"itl_target": 1}, (9, 1, 1), True), ({"itl_target": 1}, (0, 1, 1.5), False),
+    ({"itl_target": 1}, (0, 1.5, 0), False),  # and no later haste makes up for it
+    ({"ttft_target": 2, "itl_target": 1}, (2, 1, 1), True), ({"ttft_target": 0, "itl_target": 0}, (0, 0, 0), True),
+    ({"deadline": 6}, (2, 2, 2), True), ({"deadline": 6}, (2, 2, 2.5), False),  # its last step began in time
+))
+def test_goodput_counts_those_within_all_their_targets(targets, gaps, good):
+    """gaps: seconds before each of the three tokens."""
+    s, clock = timed()
+    s.add(Request(tokens(4, 500), 3))  # without targets: not counted
+    request = s.add(Request(tokens(4), 3, **targets))
+    for gap in gaps:
+        plan = s.schedule()
+        clock.now += gap
+        for other, n in plan:
+            if s.advance(other, n):
+                other.tokens.append(7)
+                if other.num_output == 3:
+                    s.finish(other, "length")
+    assert request.finish_reason == "length" and (s.num_with_targets, s.num_in_time) == (1, good)
+    s.add(Request([1], 1, ttft_target=100))
+    s.finish(s.waiting[0], "abort")
+    assert (s.num_with_targets, s.num_in_time) == (2, good)

@@ -238,7 +238,7 @@ def test_no_half_characters_are_streamed(serving, monkeypatch):
     script = llm.tokenizer.encode(said, add_special_tokens=False)
 
     def sample(samplers, logits):
-        tokens = [script[request.num_output] for request, _ in samplers]
+        tokens = [script[request.num_output] for request, *_ in samplers]
         return tokens, [{token: -1.5} for token in tokens]
 
     monkeypatch.setattr(llm, "sample", sample)
@@ -314,7 +314,8 @@ def test_the_bytes_of_tokens_make_up_their_text(folder):
 def test_every_sampling_field_arrives():
     body = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "n": 2, "stop": ["a", "b"], "seed": 4,
             "max_tokens": 9, "presence_penalty": 0.1, "frequency_penalty": 0.2, "repetition_penalty": 1.1, "logprobs": 3,
-            "logit_bias": {"5": -100, "6": 1.5}, "ignore_eos": True, "min_tokens": 2, "stop_token_ids": [3]}
+            "logit_bias": {"5": -100, "6": 1.5}, "ignore_eos": True, "min_tokens": 2, "stop_token_ids": [3],
+            "ttft_target": 0.5, "itl_target": 0.1, "deadline": 60}
     assert set(body) == nanoserve.SAMPLING_FIELDS
     params = SamplingParams(**{**body, "logit_bias": {5: -100, 6: 1.5}})
     assert Job({"prompt": "x", **body}, is_chat=False).params == params

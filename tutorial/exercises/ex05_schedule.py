@@ -1,4 +1,6 @@
-"""Decide who computes how many tokens in the next step. This one function is continuous batching and chunked prefill.
+"""Decide who computes how many tokens in the next step. This is continuous batching and chunked prefill, whole.
+
+Two functions: `schedule`, and `_fitting`, which looks whether a waiting request can be admitted.
 
 The rules, in order:
   1. The tokens of a step add up to at most self.max_batch_tokens.
@@ -15,7 +17,8 @@ The rules, in order:
 You need: self.running, self.preempt(request), self._most_urgent() (a waiting request or None), self._dequeue(request)
 (moves it to running), self._plan(plan, request, n) (extends its block table and notes it), self.num_hit_tokens (add
 hits to it); of the pool num_free, blocks_for(tokens), blocks_missing, match(tokens, root), num_free_in(blocks),
-adopt(blocks). A request whose `reuse_prefix` is False matches nothing.
+adopt(blocks). A request whose `reuse_prefix` is False matches nothing. The engine's own `schedule` also serves deadlines,
+drafts, swapping and policies by which a waiting request pushes out a running one. Leave these out: nobody here uses them.
 """
 
 from cache import BlockPool
@@ -25,7 +28,7 @@ from scheduler import Request, Scheduler
 TITLE = "the schedule of one step"
 CHAPTER, KIND = "ch07_batching.py", "fill in"
 MINUTES, DIFFICULTY, IMPORTANCE = 60, 4, 5
-MODULE, NAMES = "scheduler", ("Scheduler.schedule",)
+MODULE, NAMES = "scheduler", ("Scheduler.schedule", "Scheduler._fitting")
 HEADER = "from scheduler import RUNNING, Request\n"
 HINTS = (
     "Keep `plan` as a dict {request: n} and `budget` as what is left. Write rules 1 and 2 first: the unit cases come in "
@@ -43,7 +46,7 @@ MUTANTS = {
     "counts cached blocks as room": (("self.pool.num_free - self.pool.num_free_in(blocks)", "self.pool.num_free"),),
     "asks for room for the chunk alone": (
         ("self.pool.blocks_for(len(request.tokens)) - len(blocks) > room",
-         "self.pool.blocks_for(min(len(request.tokens), hit + budget)) - len(blocks) > room"),),
+         "self.pool.blocks_for(min(len(request.tokens), 8)) - len(blocks) > room"),),
     "never looks for a prefix": (("self.pool.match(request.tokens, request.root) if request.reuse_prefix else []", "[]"),),
 }
 LONG = [i * 7 % 64 for i in range(33)]

@@ -28,7 +28,7 @@ HINTS = (
     "Follow `starts` through `lay_out`: what is computed from it, and what from that?",
 )
 PLANTED = ("(query_start[:-1] - starts)[owner]",
-           "(query_start[:-1] - starts * [request.num_output > 0 for request, *_ in spans])[owner]")
+           "(query_start[:-1] - starts * [r.num_output > 0 for r, *_ in spans])[owner]")
 MUTANTS = {
     "still starts later chunks at zero": (
         ("(query_start[:-1] - starts)[owner]", "(query_start[:-1] - np.where(counts > 1, 0, starts))[owner]"),),

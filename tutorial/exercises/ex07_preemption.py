@@ -35,8 +35,8 @@ MUTANTS = {
          "    request.num_computed = 0\n    request.max_tokens -= request.num_output\n"),),
     "forgets to queue it again": (("    self._enqueue(request)", "    request.status = 'waiting'"),),
     "leaks the blocks": (("    self.pool.release(request.block_table)\n", "    request.block_table = []\n"),),
-    "samples as soon as the prompt is computed": (("return request.num_behind == 0",
-                                                   "return request.num_computed >= request.num_prompt"),),
+    "samples as soon as the prompt is computed": (("    if request.num_behind:\n",
+                                                   "    if request.num_computed < request.num_prompt:\n"),),
 }
 ENGINE = {"blocks": 16, "max_batch_tokens": 5, "max_batch_requests": 5, "prefix_caching": False}
 REQUESTS = [(arrives, prompt(length, length), {"temperature": 0, "max_tokens": output})

@@ -1,6 +1,8 @@
 """Exercise 05: the schedule of one step
 
-Decide who computes how many tokens in the next step. This one function is continuous batching and chunked prefill.
+Decide who computes how many tokens in the next step. This is continuous batching and chunked prefill, whole.
+
+Two functions: `schedule`, and `_fitting`, which looks whether a waiting request can be admitted.
 
 The rules, in order:
   1. The tokens of a step add up to at most self.max_batch_tokens.
@@ -17,7 +19,8 @@ The rules, in order:
 You need: self.running, self.preempt(request), self._most_urgent() (a waiting request or None), self._dequeue(request)
 (moves it to running), self._plan(plan, request, n) (extends its block table and notes it), self.num_hit_tokens (add
 hits to it); of the pool num_free, blocks_for(tokens), blocks_missing, match(tokens, root), num_free_in(blocks),
-adopt(blocks). A request whose `reuse_prefix` is False matches nothing.
+adopt(blocks). A request whose `reuse_prefix` is False matches nothing. The engine's own `schedule` also serves deadlines,
+drafts, swapping and policies by which a waiting request pushes out a running one. Leave these out: nobody here uses them.
 """
 
 from scheduler import RUNNING, Request
@@ -32,4 +35,9 @@ def schedule(self) -> list[tuple[Request, int]]:
 
     Survey A IV.A · B 3.2.4 · C Request Scheduling: Intra-Request Scheduling.
     """
+    raise NotImplementedError
+
+
+def _fitting(self, request) -> list[int] | None:
+    """The blocks that match a waiting request, or None if there is no room for the others that it needs."""
     raise NotImplementedError

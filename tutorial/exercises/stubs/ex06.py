@@ -50,9 +50,10 @@ def pack(self, plan: list[tuple[Request, int]]
 
 def lay_out(self, spans: list[tuple[Request, int, int]], rows: list[int]) -> Batch:
     """The batch that computes positions start .. end-1 of each (request, start, end), with logits for `rows` of it."""
-    if copies := self.pool.take_copies():
-        for cache in (self.cache, *([self.drafter.cache] if isinstance(self.drafter, DraftModel) else [])):
-            cache.copy_blocks(copies)
+    swaps, copies = self.pool.take_swaps(), self.pool.take_copies()
+    for cache in self.caches:
+        cache.swap(*swaps)
+        cache.copy_blocks(copies)
     starts, ends = np.array([span[1:] for span in spans]).T
     counts = ends - starts
     query_start = np.concatenate([[0], counts.cumsum()])
@@ -66,7 +67,7 @@ def lay_out(self, spans: list[tuple[Request, int, int]], rows: list[int]) -> Bat
             tokens += request.drafts[max(0, start - length) : max(0, end - length)]
         tables[i, : len(request.block_table)] = request.block_table
     owner = np.repeat(np.arange(len(spans)), counts)
-    positions = np.arange(len(tokens)) - (query_start[:-1] - starts * [request.num_output > 0 for request, *_ in spans])[owner]
+    positions = np.arange(len(tokens)) - (query_start[:-1] - starts * [r.num_output > 0 for r, *_ in spans])[owner]
     size = self.pool.block_size
     slots = tables[owner, positions // size].astype(np.int64) * size + positions % size
 

@@ -28,6 +28,8 @@ def schedule(self) -> list[tuple[Request, int]]:
 
     Survey A IV.A · B 3.2.4 · C Request Scheduling: Intra-Request Scheduling.
     """
+    self.num_steps += 1
+    self._expire()
     plan: dict[Request, int] = {}
     budget, preempted = self.max_batch_tokens, False
     for request in sorted(self.running, key=lambda request: request.num_behind):
@@ -38,7 +40,7 @@ def schedule(self) -> list[tuple[Request, int]]:
         n = min(request.num_behind, budget)
         while self.pool.blocks_missing(request.block_table, request.num_computed,
                                        request.num_computed + n) > self.pool.num_free:
-            victim = max(self.running, key=lambda request: request.urgency)
+            victim = max(self.running, key=self._order)
             self.preempt(victim)
             preempted = True
             budget += plan.pop(victim, 0)  # a victim that was already planned gives its share back
@@ -49,19 +51,24 @@ def schedule(self) -> list[tuple[Request, int]]:
             budget -= n
     places = self.max_batch_requests - sum(request.width for request in self.running)
     # Whoever had to make room goes first again; admitting others now would only move the shortage to them.
-    while budget and not preempted and (request := self._most_urgent()) and request.width <= places:
-        blocks = self.pool.match(request.tokens, request.root) if request.reuse_prefix else []
+    made_way: set[Request] = set()  # nobody leaves and comes back in one step
+    while budget and not preempted and (request := self._most_urgent()) and request not in made_way:
+        blocks = self._fitting(request) if request.width <= places else None
+        if blocks is None:
+            if not (victim := self._outranked(request)):
+                break
+            self.preempt(victim)
+            made_way.add(victim)
+            budget, places = budget + plan.pop(victim, 0), places + victim.width
+            continue
         hit = len(blocks) * self.pool.block_size
-        # Ask for room for the whole request as it stands, though only n tokens of it are computed now: admitting
-        # a prompt that does not fit would preempt somebody in the middle of it. Cached blocks that lie in the free
-        # list count as taken the moment they are adopted.
-        room = self.pool.num_free - self.pool.num_free_in(blocks)
-        if self.pool.blocks_for(len(request.tokens)) - len(blocks) > room:
-            break
         self._dequeue(request)
+        self.policy.admitted(request, not self.num_waiting)
         request.block_table = self.pool.adopt(blocks)
-        request.num_computed = hit
         self.num_hit_tokens += hit
+        if request.host_slots:
+            self._swap_in(request)
+        request.num_computed = max(hit, request.num_computed)
         n = min(request.num_behind, budget)
         self._plan(plan, request, n)
         budget -= n
@@ -78,15 +85,29 @@ def advance(self, request: Request, n: int) -> bool:
     request.num_computed += n
     for i in filled:
         self.pool.publish(request.block_table, i, request.tokens, request.root)
-    return request.num_behind == 0
+    if request.num_behind:
+        return False
+    self.policy.sampled(request, request.width)
+    if request.has_targets:
+        now, target = self.clock(), request.itl_target if request.num_output else request.ttft_target
+        request.in_time &= target is None or now - request.last_token <= target
+        request.last_token = now
+    return True
 
 
 def preempt(self, request: Request) -> None:
-    """Take a running request's blocks away and queue it again. Its tokens stay; their K and V are recomputed."""
+    """Take a running request's blocks away and queue it again. Its tokens stay; their K and V are swapped to the host
+    if there is room and that is cheaper, or else computed again.
+    """
     self.running.remove(request)
-    self.pool.release(request.block_table)
-    request.num_computed = 0
+    blocks = request.block_table[: self.pool.blocks_for(request.num_computed)]
+    if self.pool.free_slots and self.prefers_swap(request.num_computed, len(blocks)):
+        request.host_slots = self.pool.swap_out(blocks) or []
+        self.num_swapped_out += len(request.host_slots)
+    if not request.host_slots:
+        request.num_computed = 0
     request.num_prompt = len(request.tokens)  # its output is context now
+    self.pool.release(request.block_table)
     request.num_preemptions += 1
     self.num_preemptions += 1
     self._enqueue(request)
