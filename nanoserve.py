@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import bisect
 import codecs
 import concurrent.futures
@@ -32,6 +33,8 @@ import copy
 import ctypes
 import difflib
 import functools
+import gc
+import hashlib
 import hmac
 import json
 import logging
@@ -48,12 +51,12 @@ import sys
 import threading
 import time
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from email.utils import formatdate
 from http import HTTPStatus
-from itertools import accumulate, chain, islice, product
+from itertools import accumulate, chain, islice, pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1742,6 +1745,12 @@ def free_memory() -> int:
 MAX_HEAD = 32 << 10  # bytes of request line and headers
 MAX_ENTRIES = {"stop": 16, "stop_token_ids": 1024, "logit_bias": 1024}  # looked through in every step, for every token
 MAX_LOGPROBS = 20  # of a token; hundreds for each fill the memory, and writing them keeps the loop from all others
+SHORT_BODY = 64 << 10  # bytes that are read at once; longer ones in a thread
+SPARE_FILES = 64  # beside the connections: the log, the model, surplus clients while they are told
+PAGE = Path(__file__).parent / "tutorial" / "page.html"
+LOOKS_A_SECOND, LOOKS_SHARE = 20, 0.015  # how often the page gets a new state at most, and what share of the time that takes
+SHOWN_STEPS, SHOWN_WAITING = 120, 32  # in each of them
+CACHED_BLOCK, SHARED_BLOCK, SCRATCH_BLOCK = -1, -2, -3  # 0 is a free one, i the i-th running request's
 STEP_FAILED = "the step that computed this request failed; the server's log says why"
 
 SAMPLING_FIELDS = {f.name for f in fields(SamplingParams)} - {"prompt_logprobs", "logits_processor"}
@@ -1981,22 +1990,42 @@ class EngineThread(threading.Thread):
         self.over: str | None = None  # why nothing is computed any more
         self.ttft, self.itl, self.e2e = Histogram(), Histogram(), Histogram()
         self.num_prompt_tokens = self.num_failed = 0
+        self.is_paused, self.delay, self.next_step = False, 0.0, 0.0  # seconds between the starts of two steps
+        self.history = deque([self._computed()], SHOWN_STEPS + 1)  # after each of the last steps
 
     def run(self) -> None:
         """Obey and step in turn, until the command None."""
         while True:
             try:
-                # An idle engine sleeps in get(). One that is over obeys on: whoever asks is told.
-                if self.over or not self.llm.has_work() or not self.commands.empty():
-                    if not (command := self.commands.get()):
-                        return
-                    command()
-                else:
-                    self._report(self._step())
+                try:
+                    command = self.commands.get(timeout=self._rest())
+                except queue.Empty:
+                    command = self._advance
+                if not command:
+                    return
+                command()
             except Exception as error:
                 log.error("the engine failed", exc_info=error)
                 self.on_fatal()
                 self.end("the engine failed; the server's log says how")
+
+    def _rest(self) -> float | None:
+        """Seconds until the next step is due. None: only a command can change anything. One that is over obeys on:
+        whoever asks is told.
+        """
+        if self.over or self.is_paused or not self.llm.has_work():
+            return None
+        return max(0.0, self.next_step - time.perf_counter()) if self.delay else 0.0
+
+    def _advance(self):
+        self.next_step = time.perf_counter() + self.delay
+        self._report(self._step())
+        self.history.append(self._computed())
+
+    def _computed(self) -> tuple[int, int, int]:
+        """Tokens computed so far: those of prompts, drafts, and all."""
+        counts = self.llm._counts
+        return counts["prompt_tokens"], counts.get("drafted", 0), counts["computed_tokens"]
 
     # ---- commands: the loop thread puts them ----
 
@@ -2024,6 +2053,44 @@ class EngineThread(threading.Thread):
     def snapshot(self) -> dict[str, int]:
         """Counters and state, taken between two steps."""
         return {**self.llm.stats(), "failed": self.num_failed, "admitted_prompt_tokens": self.num_prompt_tokens}
+
+    def look(self) -> tuple[dict, float]:
+        """What the page shows, in integers, and the seconds of work to gather it. tutorial/page.html says what is what."""
+        started, llm, pool, scheduler = time.thread_time(), self.llm, self.llm.pool, self.llm.scheduler
+        running, size = scheduler.running, pool.block_size
+        lengths = [len(request.block_table) for request in running]
+        held = np.fromiter(chain.from_iterable(request.block_table for request in running), np.int32, sum(lengths))
+        owner = np.zeros(pool.num_blocks, dtype=np.int32)
+        owner[np.fromiter(pool.index.values(), np.int32, len(pool.index))] = CACHED_BLOCK
+        owner[held] = np.repeat(np.arange(1, len(running) + 1), lengths)
+        owner[np.bincount(held, minlength=pool.num_blocks) > 1] = SHARED_BLOCK
+        owner[SCRATCH] = SCRATCH_BLOCK
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(owner)) + 1])
+        runs = np.stack([owner[starts], np.diff(starts, append=pool.num_blocks)], 1)  # far fewer than blocks
+
+        def row(request, last_block=0):
+            return [request.arrival, request.sample_index, request.width, request.num_prompt, request.num_computed,
+                    len(request.tokens), request.num_prompt + request.max_tokens, request.num_preemptions, last_block]
+
+        state = {
+            "blocks": runs.ravel().tolist(),
+            "running": [row(request, request.num_computed and request.block_table[(request.num_computed - 1) // size])
+                        for request in running],
+            "waiting": [row(request) for request in scheduler.waiting[:SHOWN_WAITING]],
+            "num_waiting": scheduler.num_waiting,
+            "steps": [[p - p0, c - c0 - (p - p0) - (d - d0), d - d0]
+                      for (p0, d0, c0), (p, d, c) in pairwise(self.history)],  # prefill, decode, drafts
+            "counts": {**llm._counts, "hit_tokens": scheduler.num_hit_tokens, "preemptions": scheduler.num_preemptions,
+                       "failed": self.num_failed},
+            "is_paused": int(self.is_paused), "delay_ms": round(self.delay * 1000)}
+        return state, time.thread_time() - started
+
+    def control(self, is_paused: bool | None = None, delay: float | None = None, step: bool = False) -> None:
+        """Pause or go on, take each step so many seconds after the one before, or take one now."""
+        self.is_paused = self.is_paused if is_paused is None else is_paused
+        self.delay = self.delay if delay is None else delay
+        if step and self.llm.has_work() and not self.over:
+            self._advance()
 
     def end(self, reason: str) -> None:
         """Compute nothing any more. Those that wait are told, and have their jobs forgotten; those that come are refused."""
@@ -2134,8 +2201,9 @@ class Answer:
     def __init__(self, job: Job, model: str, tokenizer: Tokenizer):
         self.job, self.tokenizer = job, tokenizer
         kind = ("chat.completion" + ".chunk" * job.stream) if job.is_chat else "text_completion"
-        self.frame = {"id": ("chatcmpl-" if job.is_chat else "cmpl-") + secrets.token_hex(12), "object": kind,
-                      "created": int(time.time()), "model": model}
+        # The end of the id says which request of the engine this is, the first of them: the page shows them by number.
+        name = f"{'chatcmpl' if job.is_chat else 'cmpl'}-{secrets.token_hex(12)}-{job.requests[0].arrival}"
+        self.frame = {"id": name, "object": kind, "created": int(time.time()), "model": model}
         self.choices: list[Choice] = []
         for source, prompt in zip(job.source, job.prompts):
             echo, start = "", 0
@@ -2274,9 +2342,9 @@ class Connection:
         head = self._head(status, {"Content-Type": kind, "Content-Length": str(len(body)), **headers})
         await self.send(head + (b"" if self.is_head else body))
 
-    async def send_events(self, events: Iterable[dict]) -> None:
-        """Server-sent events; the first call begins the stream."""
-        data = b"".join(b"data: %s\n\n" % to_json(event) for event in events)
+    async def send_events(self, events: Iterable[dict | bytes]) -> None:
+        """Server-sent events, objects or their JSON; the first call begins the stream."""
+        data = b"".join(b"data: %s\n\n" % (event if isinstance(event, bytes) else to_json(event)) for event in events)
         head = b""
         if not self.is_streaming:
             self.is_streaming = True
@@ -2314,7 +2382,7 @@ class Connection:
         method, path, headers = self._parse_head(await self._read_head(first))
         length = headers.get("content-length", "" if method == "POST" else "0")
         self.is_unread = length != "0" or "transfer-encoding" in headers
-        handler = self.server.route(method, path, headers)
+        parse, handler = self.server.route(method, path, headers)
         if "transfer-encoding" in headers or not length:
             raise HTTPError(411, "Content-Length: is needed; bodies in chunks are not supported")
         if not re.fullmatch("[0-9]{1,18}", length):
@@ -2330,12 +2398,10 @@ class Connection:
         except asyncio.TimeoutError:
             raise HTTPError(408, f"body: did not arrive within {self.server.timeout:g} seconds") from None
         self.is_unread = False
-        try:
-            await handler(self, parse_json(body) if method == "POST" else {})
-        except ValueError as error:
-            raise HTTPError.refusal(error) from None
-        except RecursionError:  # in reading or in quoting it
-            raise HTTPError(400, "body: is nested too deeply") from None
+        if parse:
+            await handler(self, await self.server.read(lambda: parse(parse_json(body)), is_short=len(body) < SHORT_BODY))
+        else:
+            await handler(self)
 
     async def _read_head(self, first) -> str:
         try:
@@ -2407,27 +2473,54 @@ def to_json(value) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
+def open_files() -> float:
+    """How many files and sockets this process may have open."""
+    try:
+        import resource  # Unix only
+    except ImportError:
+        return math.inf
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return math.inf if limit == resource.RLIM_INFINITY else limit
+
+
 class Server(contextlib.AbstractContextManager):
     """The handle that `serve` returns. `url` is where it listens; `close()` stops it, and the LLM is free again."""
 
     def __init__(self, llm: LLM, host: str, port: int, model_name: str, api_key: str | None, max_queue: int, max_body: int,
-                 max_connections: int, timeout: float):
+                 max_connections: int, timeout: float, teach: bool):
         if llm.tokenizer is None:
             raise ValueError("serve: this model has no tokenizer, and the API speaks text")
         if api_key == "":
             raise ValueError("api_key: is empty, which would let everybody in")
+        for name, least, value in (("max_queue", 0, max_queue), ("max_body", 1, max_body),
+                                   ("max_connections", 1, max_connections)):
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}: must be a whole number from {least} on, got {value!r}")
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"timeout: must be a number of seconds above 0, got {timeout!r}")
+        if max_connections > (room := open_files() - SPARE_FILES):
+            max_connections = max(1, room)
+            log.info(f"this process may open {open_files()} files (ulimit -n): at most {max_connections} connections")
         self.llm, self.model_name, self.api_key = llm, model_name, api_key
         self.max_samples, self.max_body = llm.scheduler.max_batch_requests + max_queue, max_body
         self.max_connections, self.timeout = max_connections, timeout
         self.created, self.num_responses, self.num_samples = int(time.time()), Counter(), 0
+        self.num_looks, self.look_seconds = 0, 0.0  # what the page has cost
         self.connections: dict[asyncio.Task, Connection] = {}
         self.is_stopping, self.drain_seconds = False, 0.0
         self.events: queue.SimpleQueue[str] = queue.SimpleQueue()  # "fatal", and what a signal handler puts there
-        self.routes = {"/v1/completions": ("POST", functools.partial(self._complete, is_chat=False)),
-                       "/v1/chat/completions": ("POST", functools.partial(self._complete, is_chat=True)),
-                       "/v1/models": ("GET", self._models), "/tokenize": ("POST", self._tokenize),
-                       "/detokenize": ("POST", self._detokenize), "/health": ("GET", self._health),
-                       "/metrics": ("GET", self._metrics), "/stats": ("GET", self._stats)}
+        # path: (what reads a POST's object, which may raise ValueError; what answers)
+        self.routes: dict[str, tuple[Callable | None, Callable]] = {
+            "/v1/completions": (functools.partial(self._read_job, is_chat=False), self._complete),
+            "/v1/chat/completions": (functools.partial(self._read_job, is_chat=True), self._complete),
+            "/v1/models": (None, self._models), "/tokenize": (self._read_text, self._tokenize),
+            "/detokenize": (self._read_tokens, self._detokenize), "/health": (None, self._health),
+            "/metrics": (None, self._metrics), "/stats": (None, self._stats), "/": (None, self._page),
+            "/events": (None, self._events)}
+        if teach:
+            self.routes["/engine"] = (self._read_control, self._control)
+        self._looking: asyncio.Task | None = None  # the look that all watchers wait for
+        self._event, self._shown, self._next_look, self._next_beat = b"", None, 0.0, 0.0
         started: concurrent.futures.Future = concurrent.futures.Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main(host, port, started)),
                                         name="nanoserve loop", daemon=True)
@@ -2461,6 +2554,8 @@ class Server(contextlib.AbstractContextManager):
         started.set_result(f"http://{f'[{address}]' if ':' in address else address}:{number}")
         await self._closing.wait()
         self.is_stopping = True
+        if "/engine" in self.routes:
+            self.engine.commands.put(lambda: self.engine.control(is_paused=False, delay=0.0))  # or nothing would finish
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._idle.wait(), self.drain_seconds)
         listener.close()
@@ -2491,30 +2586,48 @@ class Server(contextlib.AbstractContextManager):
         finally:
             del self.connections[task]
 
-    def route(self, method: str, path: str, headers: dict[str, str]) -> Callable:
-        """The handler of a request that may be made. Only /health is told to everybody."""
-        if self.api_key and path != "/health":
+    def route(self, method: str, path: str, headers: dict[str, str]) -> tuple[Callable | None, Callable]:
+        """What reads and what answers a request that may be made. Only /health and the page itself are for everybody."""
+        if self.api_key and path not in ("/health", "/"):
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self.api_key.encode()):
                 raise HTTPError(401, "Authorization: must be Bearer and this server's API key", code="invalid_api_key",
                                 WWW_Authenticate="Bearer")
         if path not in self.routes:
             raise HTTPError(404, f"there is no {path[:100]}")
-        allowed, handler = self.routes[path]
+        allowed = "POST" if self.routes[path][0] else "GET"
         if method != allowed:
             raise HTTPError(405, f"{path} takes {allowed} only", Allow=allowed)
-        return handler
+        return self.routes[path]
+
+    async def read(self, function: Callable, *args, is_short: bool = False):
+        """function(*args) in a thread, unless it is short: what takes long must not keep the loop from all others.
+
+        Whatever a client can get wrong is found out in here. A ValueError anywhere else is the server's own.
+        """
+        try:
+            return function(*args) if is_short else await self._loop.run_in_executor(self._text_threads, function, *args)
+        except ValueError as error:
+            raise HTTPError.refusal(error) from None
+        except RecursionError:  # in reading or in quoting it
+            raise HTTPError(400, "body: is nested too deeply") from None
 
     # ---- what is served ----
 
-    async def _complete(self, connection, body, is_chat):
+    def _read_job(self, body, is_chat) -> Job:
         job = Job(body, is_chat)
         self._check_model(body)
         if job.priority and not self.llm.scheduler.policy.uses_priority:
             raise ValueError("priority: this server's policy does not look at it")
+        if job.num_samples > self.max_samples:
+            raise ValueError(f"n: {len(job.source)} prompts of {job.params.n} samples are more than the {self.max_samples} "
+                             f"that this server takes at once")
+        return job
+
+    async def _complete(self, connection, job):
         with self._admitted(job):
             async with connection.watched():
-                await self._loop.run_in_executor(self._text_threads, job.tokenize, self.llm)
+                await self.read(job.tokenize, self.llm)
                 self.engine.commands.put(lambda: self.engine.add(job))
                 updates = await job.take()  # nothing is sent before the engine has accepted it
                 answer = Answer(job, self.model_name, self.llm.tokenizer)
@@ -2537,9 +2650,6 @@ class Server(contextlib.AbstractContextManager):
         """A place for each of the job's samples, if there is room for them; whatever happens, none is left behind."""
         if self.is_stopping:
             raise HTTPError(503, "the server is stopping")
-        if job.num_samples > self.max_samples:
-            raise ValueError(f"n: {len(job.source)} prompts of {job.params.n} samples are more than the {self.max_samples} "
-                             f"that this server takes at once")
         if self.num_samples + job.num_samples > self.max_samples:
             raise HTTPError(429, "the queue is full", code="queue_full", Retry_After="1")
         self.num_samples += job.num_samples
@@ -2556,37 +2666,45 @@ class Server(contextlib.AbstractContextManager):
         if (name := body.get("model")) not in (None, self.model_name):
             raise HTTPError(404, f"model: {name!r} is not served here; {self.model_name} is", "model", "model_not_found")
 
-    async def _models(self, connection, body):
+    async def _models(self, connection):
         model = {"id": self.model_name, "object": "model", "created": self.created, "owned_by": "nanoserve",
                  "max_model_len": self.llm.max_model_len}
         await connection.respond(200, {"object": "list", "data": [model]})
 
-    async def _tokenize(self, connection, body):
+    def _read_text(self, body) -> str | list[dict]:
         check_fields(body, {"model", "prompt", "messages"})
         self._check_model(body)
         source = parse_messages(body["messages"]) if "messages" in body else body.get("prompt")
         if not isinstance(source, (str, list)) or ("messages" in body and "prompt" in body):
             raise ValueError("prompt: must be a text, or absent where there are messages")
-        tokens = await self._loop.run_in_executor(self._text_threads, encode, self.llm.tokenizer, source)
+        return source
+
+    async def _tokenize(self, connection, source):
+        async with connection.watched():
+            tokens = await self.read(encode, self.llm.tokenizer, source)
         await connection.respond(200, {"tokens": tokens, "count": len(tokens), "max_model_len": self.llm.max_model_len})
 
-    async def _detokenize(self, connection, body):
+    def _read_tokens(self, body) -> list[int]:
         check_fields(body, {"model", "tokens"})
         self._check_model(body)
         tokens, vocab = body.get("tokens"), self.llm.model.config.vocab_size
         if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < vocab for token in tokens):
             raise ValueError(f"tokens: must be a list of token ids from 0 to {vocab - 1}")
-        text = await self._loop.run_in_executor(self._text_threads, self.llm.tokenizer.decode, tokens, False)
+        return tokens
+
+    async def _detokenize(self, connection, tokens):
+        async with connection.watched():
+            text = await self.read(self.llm.tokenizer.decode, tokens, False)
         await connection.respond(200, {"prompt": text})
 
-    async def _health(self, connection, body):
+    async def _health(self, connection):
         state = "stopping" if self.is_stopping else "failed" if self.engine.over else "ok"
         await connection.respond(200 if state == "ok" else 503, {"status": state})
 
-    async def _stats(self, connection, body):
+    async def _stats(self, connection):
         await connection.respond(200, await self._snapshot())
 
-    async def _metrics(self, connection, body):
+    async def _metrics(self, connection):
         await connection.respond(200, render_metrics(await self._snapshot(), self.engine, self.num_responses))
 
     async def _snapshot(self):
@@ -2599,10 +2717,74 @@ class Server(contextlib.AbstractContextManager):
 
         def obey():
             if future.set_running_or_notify_cancel():
-                future.set_result(command())
+                try:
+                    future.set_result(command())
+                except Exception as error:
+                    future.set_exception(error)
 
         self.engine.commands.put(obey)
         return await asyncio.wrap_future(future)
+
+    # ---- the page, tutorial/page.html ----
+
+    async def _page(self, connection):
+        """The page. It is for everybody and holds no secret; what it shows it has to ask for, with the key."""
+        try:
+            html = PAGE.read_text(encoding="utf-8")  # each time, so that who changes it sees it
+        except OSError:
+            return await connection.respond(200, "This is nanoserve, and it works. Its page is tutorial/page.html of the "
+                                                 "repository, which was not installed along.\n")
+        # Nothing runs but the one script, nothing is loaded from elsewhere, and nobody may frame it.
+        script, style = (base64.b64encode(hashlib.sha256(re.search(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)[1].encode())
+                                          .digest()).decode() for tag in ("script", "style"))
+        policy = (f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; img-src data:; "
+                  "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+        await connection.respond(200, html, **{"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache",
+                                               "Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
+
+    async def _events(self, connection):
+        """What the engine does, for as long as the client stays: never a text of anybody's, always the latest state."""
+        seen, scheduler = b"", self.llm.scheduler
+        async with connection.watched():
+            await connection.send_events([{
+                "model": self.model_name, "about": self.llm.describe(), "num_blocks": self.llm.pool.num_blocks,
+                "block_size": self.llm.pool.block_size, "max_batch_tokens": scheduler.max_batch_tokens,
+                "max_batch_requests": scheduler.max_batch_requests, "max_model_len": self.llm.max_model_len,
+                "has_chat": bool(self.llm.tokenizer.chat_template), "teach": "/engine" in self.routes}])
+            while not self.engine.over or not seen:
+                if self._looking is None or self._looking.done():
+                    self._looking = asyncio.create_task(self._look())
+                await asyncio.shield(self._looking)  # the others wait for it too
+                if self._event is not seen:
+                    seen = self._event
+                    await connection.send_events([seen])
+        await connection.end_events()
+
+    async def _look(self):
+        """Make the next event, soon enough for LOOKS_A_SECOND and late enough to take LOOKS_SHARE of the time at most."""
+        await asyncio.sleep(self._next_look - self._loop.time())
+        state, seconds = await self._ask(self.engine.look)
+        started, now = time.thread_time(), self._loop.time()
+        if state != self._shown or now >= self._next_beat:  # when nothing happens, once a second says that we are there
+            self._event, self._shown, self._next_beat = to_json({"ms": int(now * 1000), **state}), state, now + 1
+        seconds += time.thread_time() - started
+        self._next_look = now + max(1 / LOOKS_A_SECOND, seconds / LOOKS_SHARE)
+        self.look_seconds, self.num_looks = self.look_seconds + seconds, self.num_looks + 1
+
+    def _read_control(self, body) -> dict:
+        check_fields(body, {"is_paused", "delay", "step"})
+        wanted = {name: flag(body, name) for name in ("is_paused", "step") if body.get(name) is not None}
+        if (delay := body.get("delay")) is not None:
+            if type(delay) not in (int, float) or not 0 <= delay <= 60:
+                raise ValueError(f"delay: must be from 0 to 60 seconds, got {delay!r}")
+            wanted["delay"] = delay
+        return wanted
+
+    async def _control(self, connection, wanted):
+        if self.is_stopping:
+            raise HTTPError(503, "the server is stopping")
+        self.engine.commands.put(lambda: self.engine.control(**wanted))
+        await connection.respond(200, wanted)
 
 
 def render_metrics(stats: dict[str, int], engine: EngineThread, responses: Counter) -> str:
@@ -2637,14 +2819,16 @@ def render_metrics(stats: dict[str, int], engine: EngineThread, responses: Count
 
 
 def serve(llm: LLM, host: str = "127.0.0.1", port: int = 0, *, model_name: str = "nanoserve", api_key: str | None = None,
-          max_queue: int = 1024, max_body: int = 4 << 20, max_connections: int = 1024, timeout: float = 30.0) -> Server:
+          max_queue: int = 1024, max_body: int = 4 << 20, max_connections: int = 1024, timeout: float = 30.0,
+          teach: bool = False) -> Server:
     """Serve an LLM over HTTP, in two threads of this process, until the handle's `close()`. Port 0 is any free one.
 
     max_queue: samples that may wait beyond those that can run; more get 429 · max_body: bytes of a request's body ·
-    timeout: seconds for a client to send its headers, its body, or the next request, and to read what is written.
+    timeout: seconds for a client to send its headers, its body, or the next request, and to read what is written ·
+    teach: whoever sees the page may pause the engine for all, and slow it down.
     Meanwhile nobody else may use the LLM. ValueError if the address can not be had. Survey A IV.A · B 3.2.4.
     """
-    server = Server(llm, host, port, model_name, api_key, max_queue, max_body, max_connections, timeout)
+    server = Server(llm, host, port, model_name, api_key, max_queue, max_body, max_connections, timeout, teach)
     is_local = server.url.startswith(("http://127.", "http://[::1]"))
     log.info(f"{model_name} is served at {server.url}, which {'only this machine' if is_local else 'other machines'} can "
              f"reach, {'with' if api_key else 'without'} a key")
@@ -2908,6 +3092,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seconds(text: str) -> float:
+    """A time from 0 on."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 on")
+
+
 def parse_range(text: str) -> tuple[int, int]:
     """Lengths like 128 or 16..256."""
     match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text)
@@ -2960,8 +3152,9 @@ def parser_for(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--max-queue", type=int, default=1024, help="samples that may wait; more get status 429 (1024)")
         parser.add_argument("--max-body", type=parse_memory, default=4 << 20, help="of a request's body (4MiB)")
         parser.add_argument("--max-connections", type=positive, default=1024, help="at once (1024)")
-        parser.add_argument("--timeout", type=float, default=30.0, help="seconds for a client to send or read (30)")
-        parser.add_argument("--drain-seconds", type=float, default=30.0, help="to finish what runs when told to stop (30)")
+        parser.add_argument("--timeout", type=seconds, default=30.0, help="seconds for a client to send or read (30)")
+        parser.add_argument("--drain-seconds", type=seconds, default=30.0, help="to finish what runs when told to stop (30)")
+        parser.add_argument("--teach", action="store_true", help="let the page pause, step and slow the engine")
         return parser
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--max-tokens", type=int, help="tokens to generate (256, or what fits)")
@@ -3089,8 +3282,9 @@ def serve_until_signal(args: argparse.Namespace) -> int:
     # A folder's own name: the way to it is nobody's business.
     name = args.model or "nanoserve"
     name = Path(name).resolve().name if Path(name).is_dir() else name
-    limits = {option: getattr(args, option) for option in ("api_key", "max_queue", "max_body", "max_connections", "timeout")}
-    server = serve(llm, args.host, args.port, model_name=name, **limits)
+    options = ("api_key", "max_queue", "max_body", "max_connections", "timeout", "teach")
+    gc.freeze()  # what is here stays: collecting garbage need not look at it again
+    server = serve(llm, args.host, args.port, model_name=name, **{option: getattr(args, option) for option in options})
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: server.events.put(signal.Signals(number).name))
     event = server.events.get()

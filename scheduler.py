@@ -26,6 +26,7 @@ Invariants (numbered as the tests quote them):
      Nobody waits, shrinks or is preempted for a draft; no draft makes a step longer than `ridge` tokens.
   8. Nothing generated is ever lost.
   9. After the last request ends every block is free.
+ 10. A waiting request holds no block; host slots hold all that it has computed, or it has computed nothing.
 
 No torch here: this file and `cache.BlockPool` also drive simulators and the oracle test.
 

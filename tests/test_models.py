@@ -430,7 +430,7 @@ MUTANTS = {  # name: (family that notices, function, text of its source, what is
                                       "key > length - (end - start) - window"),
     "window in the wrong layer": ("qwen3_window", FORWARD, "c.windows, cache", "c.windows[::-1], cache"),
     "window in every layer": ("qwen2_window", FORWARD, "c.windows, cache", "[max(c.windows)] * len(c.windows), cache"),
-    "no window": ("qwen2_window", FORWARD, "scale, window)", "scale, 0)"),
+    "no window": ("qwen2_window", FORWARD, "scale, window, scales)", "scale, 0, scales)"),
     "wrong grouping of heads": ("llama3", ATTENTION, "kv_heads, -1, head_dim)",
                                 "-1, kv_heads, head_dim).transpose(1, 2)", "lhd->nhgd", "lhd->nghd"),
     "attention blind to its own token": ("llama2", ATTENTION, "key <= query", "key < query + (query == 0)"),

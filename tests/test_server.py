@@ -243,6 +243,7 @@ def test_no_half_characters_are_streamed(serving, monkeypatch):
 
     monkeypatch.setattr(llm, "sample", sample)
     server = serving(llm)
+    server.engine.delay = 0.05  # or several tokens come in one piece
     chunks = stream(server, "/v1/chat/completions", messages=[{"role": "user", "content": "Hi"}], max_tokens=len(script),
                     logprobs=True, ignore_eos=True)
     pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
@@ -359,6 +360,7 @@ def test_seeds_and_biases_and_penalties_act(server, offline):
     ({"prompt": [True]}, 400, "prompt"), ({"prompt": [5, 400]}, 400, "prompt"), ({"prompt": [-1]}, 400, "prompt"),
     ({"prompt": [10**30]}, 400, "prompt"), ({"prompt": ["x"] * 2000}, 400, "n"), ({"min_tokens": 17}, 400, "min_tokens"),
     ({"prompt": ["fine", "x" * 2000]}, 400, "prompt"), ({"model": "gpt-5"}, 404, "model"), ({"model": 5}, 404, "model"),
+    ({"user": 5}, 400, "user"), ({"deadline": -1}, 400, "deadline"), ({"ttft_target": "1"}, 400, "ttft_target"),
     ({"priority": 10**400, "max_tokens": -1}, 400, "max_tokens")], ids=str)
 @pytest.mark.parametrize("streamed", [False, True])
 def test_what_is_refused_is_named(server, fields, status, param, streamed):
@@ -422,10 +424,56 @@ def test_strict_http(server, data, status):
         assert re.search(rb"\r\nAllow: (GET|POST)\r\n", received)
 
 
+@pytest.mark.parametrize("path, field, long", [("/v1/completions", "prompt", ["x"] * 20_000),
+                                               ("/v1/chat/completions", "messages", [{}] * 20_000),
+                                               ("/tokenize", "prompt", ["x"] * 20_000),
+                                               ("/detokenize", "tokens", [400] * 20_000)], ids=str)
+def test_long_bodies_are_read_beside_the_loop(serving, monkeypatch, path, field, long):
+    """Both their JSON and what it says; what is wrong with them is told all the same."""
+    server, readers, real = serving(), [], nanoserve.check_fields
+
+    def check_fields(*args):
+        readers.append(threading.current_thread().name.rsplit("_")[0])
+        return real(*args)
+
+    monkeypatch.setattr(nanoserve, "check_fields", check_fields)
+    for value in (long[:2], long):
+        status, _, answer = call(server, path, {field: value, "temprature": 1})
+        assert (status, answer["error"]["param"]) == (400, "temprature")
+    assert readers == ["nanoserve loop", "nanoserve text"]
+
+
 def test_a_body_that_is_too_long_is_refused_though_it_is_still_being_sent(server):
     """The answer must not be lost to a reset because bytes were left unread."""
     received = raw(server, post(b" " * (5 << 20)))
     assert status_of(received) == 413 and b"max_body=4194304" in received
+
+
+@pytest.mark.parametrize("option", [{"max_queue": -1}, {"max_body": 0}, {"max_body": 0.5}, {"max_connections": 0},
+                                    {"timeout": 0}, {"timeout": -1.0}, {"timeout": float("nan")}], ids=str)
+def test_limits_that_are_none(option):
+    with pytest.raises(ValueError, match=f"^{next(iter(option))}: "):
+        serve(make(), **option)
+
+
+@pytest.mark.parametrize("option", ["--timeout=-1", "--timeout=nan", "--timeout=0", "--drain-seconds=-1", "--max-queue=-1",
+                                    "--max-body=0.5"])
+def test_limits_that_are_none_on_the_command_line(option, monkeypatch, capsys):
+    monkeypatch.setattr(nanoserve, "make_llm", lambda args, **more: make(**more))
+    with contextlib.suppress(SystemExit):
+        assert main(["serve", "--port", "0", option]) == 2
+    name = option[2:].partition("=")[0]
+    assert (error := capsys.readouterr().err) and name.replace("-", "_") in error.replace("-", "_")
+
+
+def test_no_more_connections_than_files(monkeypatch, caplog):
+    """Or accepting would fail, for everybody."""
+    monkeypatch.setattr(nanoserve, "open_files", lambda: 100)
+    caplog.set_level("INFO")
+    with serve(make()) as server:
+        assert server.max_connections == 36 and "at most 36 connections" in caplog.text
+    with serve(make(), max_connections=20) as server:
+        assert server.max_connections == 20
 
 
 def test_an_empty_key_is_not_taken_for_none():
@@ -639,6 +687,28 @@ def test_a_long_text_being_tokenized_stalls_nobody(serving, monkeypatch):
     assert answers
 
 
+@pytest.mark.parametrize("path, body", [("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [5]})])
+def test_who_leaves_before_a_text_is_read_leaves_no_work(serving, monkeypatch, path, body):
+    llm, go, began = make(), threading.Event(), []
+    server = serving(llm)
+
+    def slow(*args):
+        began.append(args)
+        return go.wait(PATIENCE) and []
+
+    monkeypatch.setattr(llm.tokenizer, "encode", slow)
+    monkeypatch.setattr(llm.tokenizer, "decode", slow)
+    clients = [socket.create_connection(("127.0.0.1", port_of(server)), PATIENCE) for _ in range(6)]
+    for client in clients:
+        client.sendall(post(body, path))
+    until(lambda: len(began) == 2 and server._text_threads._work_queue.qsize() == 4)
+    for client in clients:
+        client.close()
+    until(lambda: not server.connections)
+    go.set()
+    assert call(server, path, body)[0] == 200 and len(began) == 3
+
+
 def test_the_tokenizer_lets_others_run(server):
     """The library keeps Python's lock in `encode`: a megabyte would hold up all clients and the engine."""
     client = threading.Thread(target=call, args=(server, "/v1/completions", {"prompt": " " * 1_000_000}))
@@ -712,6 +782,21 @@ def test_a_failure_in_one_requests_text_is_its_own(serving, monkeypatch):
     assert status == 500 and "looks" not in answer["error"]["message"]
     assert call(server, "/v1/completions", {"prompt": [7, 8]})[0] == 200
     until(lambda: is_idle(llm))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_that_can_not_be_written_is_the_servers_fault(serving, monkeypatch, streamed):
+    def take(*args):
+        raise ValueError("n: looks like a refusal, and is none")
+
+    server = serving()
+    monkeypatch.setattr(nanoserve.Choice, "take", take)
+    status, _, answer = call(server, "/v1/completions", {"prompt": "x", "stream": streamed})
+    if streamed:
+        answer = json.loads(answer.removeprefix("data: "))
+    assert status == (200 if streamed else 500) and answer["error"]["type"] == "server_error"
+    assert "looks" not in str(answer)
+    until(lambda: is_idle(server.llm))
 
 
 def test_logits_that_are_no_numbers_are_a_500(serving, monkeypatch):
@@ -989,6 +1074,23 @@ def test_priority_goes_first_where_the_policy_looks_at_it(serving, monkeypatch):
     assert order == [0, 0, -5, -5, 5, 5]
     status, _, answer = call(serving(make(policy="fcfs")), "/v1/completions", {"prompt": "x", "priority": 1})
     assert (status, answer["error"]["param"]) == (400, "priority")
+
+
+def test_a_deadline_is_a_504(server):
+    """Whoever still waits for it is told; nothing was computed for one that came too late."""
+    before = server.engine.llm.stats()
+    status, _, answer = call(server, "/v1/completions", {"prompt": "x", "deadline": 0})
+    assert status == 504 and "deadline" in answer["error"]["message"]
+    stats = server.engine.llm.stats()
+    assert stats["computed_tokens"] == before["computed_tokens"] and stats["aborted"] == before["aborted"] + 1
+
+
+def test_users_are_tenants(serving):
+    llm = make(policy="fair")
+    server, n = serving(llm), len(llm.tokenizer.encode(PROMPT))
+    complete(server, user="ann", max_tokens=2)
+    complete(server, user="bob", max_tokens=3)
+    assert llm.scheduler.policy.counters == {"ann": n + 4, "bob": 2 * n + 6}  # the queue was empty: bob starts at n
 
 
 # ---- others' clients ----
