@@ -966,8 +966,8 @@ class DecodeGraphs:
 #
 # A model that drafts has a q, and with dice of its own its drafts would be accepted in sum(min(p, q)) of all cases. It gets
 # the target's dice instead: two similar distributions mostly give the same token at the same noise. So it just names a
-# token as well, and comes close to that bound: on stories 87 % at temperature 0.8 where the bound is 89 % (the likeliest
-# token of q as a draft: 77 %; tests/speculation_report.py).
+# token as well, and comes within a few percent of that bound, far above its likeliest token (measured by
+# tests/speculation_report.py acceptance).
 #
 # Survey B 3.1.1 · C Speculative Decoding.
 
@@ -1344,7 +1344,8 @@ class LLM:
                           reuse_prefix=params.prompt_logprobs is None, params=params, tenant=tenant,
                           ttft_target=params.ttft_target, itl_target=params.itl_target, deadline=params.deadline)
         request.seed = self._random.getrandbits(64) if params.seed is None else params.seed % 2**64
-        request.max_drafts = self.num_drafts if self.drafter else 0
+        if self.drafter:
+            self._adapt(request, 0, 0)
         return self.scheduler.add(request)
 
     @property
@@ -1454,7 +1455,7 @@ class LLM:
         return [(request, min(n, request.num_behind + len(request.drafts))) for request, n in plan]
 
     def _adapt(self, request, accepted, tried):
-        """Learn from how many of the drafts tried came true; how many to try next. Without any, hope slowly returns."""
+        """Learn from how many of the drafts tried came true how many to try next. Without any tried, hope slowly returns."""
         request.acceptance += (accepted - tried * request.acceptance) / 8 if tried else (1 - request.acceptance) / 512
         request.max_drafts = draft_length(round(request.acceptance, 2), self.draft_cost, self.num_drafts)
 
@@ -1472,9 +1473,9 @@ class LLM:
             start, end = request.num_computed, request.num_computed + n
             spans.append((request, start, end))
             row, last = row - start, len(request.tokens) - 1
-            if end > last:  # the last token and the drafts behind it
-                sampled += [(row + p, (request, request.sample_index + k, p - last))
-                            for p in range(last, end) for k in range(request.width)]
+            for j in range(end - last):  # after the last token, and after each draft behind it
+                for k in range(request.width):
+                    sampled.append((row + last + j, (request, request.sample_index + k, j)))
             if not request.reuse_prefix and request.num_output == 0:
                 prompted += [(row + p, (request, p)) for p in range(start, min(end, request.num_prompt - 1))]
             row += end
@@ -1487,10 +1488,10 @@ class LLM:
         for cache in self.caches:
             cache.swap(*swaps)
             cache.copy_blocks(copies)
-        starts, ends = np.array([span[1:] for span in spans]).T
+        starts, ends = (np.array(column) for column in list(zip(*spans))[1:])
         counts = ends - starts
         query_start = np.concatenate([[0], counts.cumsum()])
-        width = max(len(request.block_table) for request, *_ in spans)
+        width = max(len(request.block_table) for request, _, _ in spans)
         tables = np.full((len(spans), width), SCRATCH, dtype=np.int32)
         tokens: list[int] = []
         for i, (request, start, end) in enumerate(spans):
@@ -1518,7 +1519,7 @@ class LLM:
         log-probabilities asked for.
         """
         logprobs: list[dict | None] = [None] * len(samplers)
-        asked = [i for i, (request, *_) in enumerate(samplers) if request.params.logprobs is not None]
+        asked = [i for i, (request, _, _) in enumerate(samplers) if request.params.logprobs is not None]
         raw = logits[asked].float().log_softmax(-1) if asked else ()
         tokens = self.draw(samplers, logits)
         for i, row in zip(asked, raw):
@@ -1533,9 +1534,9 @@ class LLM:
         """
         if not samplers:
             return []
-        params = [request.params for request, *_ in samplers]
+        params = [request.params for request, _, _ in samplers]
         logits = self._edit(samplers, logits)
-        noise = kernels.uniform_noise(np.array([request.seed for request, *_ in samplers], dtype=np.uint64),
+        noise = kernels.uniform_noise(np.array([request.seed for request, _, _ in samplers], dtype=np.uint64),
                                       np.array([request.num_output + j + (i << 32) for request, i, j in samplers]))
 
         def column(values, dtype):

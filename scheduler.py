@@ -86,7 +86,7 @@ class Request:
         self.samples = [self]  # the requests this one was forked into, itself first
         self.sample_index = 0
         self.seed = 0
-        self.acceptance = 1.0  # share of its drafts that come true, as far as one can tell
+        self.acceptance = 0.75  # share of its drafts that come true, a guess until some have been tried
         self.logprobs: list[dict[int, float]] = []
         self.prompt_logprobs: list[dict[int, float] | None] = []
         self.ended_by_token = False  # the last token is a stop token, and not part of the text

@@ -415,7 +415,7 @@ def test_greedy_tokens_do_not_depend_on_the_batch(family, dtype, policy, prefix_
 
 # ---- planted bugs: each must be seen by the comparison above, or the comparison is too weak ----
 
-ATTENTION, QKV, POSITIONS = "kernels.paged_attention", "kernels.rope_and_write_kv", "nanoserve.LLM.pack"
+ATTENTION, QKV, POSITIONS = "kernels.paged_attention", "kernels.rope_and_write_kv", "nanoserve.LLM.lay_out"
 FORWARD, MLP, CLIP = "nanoserve.GPT.forward", "nanoserve.GPT._mlp", "nanoserve.GPT._normalize_and_clip"
 MUTANTS = {  # name: (family that notices, function, text of its source, what is there instead, ...)
     "interleaved rope": ("llama2", "kernels.apply_rope", "x.to(cos.dtype).chunk(2, dim=-1)",

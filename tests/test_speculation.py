@@ -73,7 +73,7 @@ def speculating(drafter: str = "likeliest", ridge: int = 1000):
             cache.data.fill_(math.nan)  # what was never written must never be read
         if tokenizer:
             llm.tokenizer = nanoserve.Tokenizer(test_engine.TOKENIZERS / tokenizer)
-        llm.scheduler.ridge = ridge
+        llm.scheduler.ridge, llm.draft_cost = ridge, 0.1
         return llm
 
     return engine
@@ -196,9 +196,9 @@ def test_a_useless_drafter_costs_no_step_and_is_asked_less_and_less():
     assert request.tokens[3:] == Slow.generate([5, 6, 7], replace(GREEDY, max_tokens=100))
     stats = llm.stats()
     assert stats["steps"] == 100 and stats["accepted"] == stats["saved_steps"] == 0
-    # The estimate shrinks by an eighth with each failure, and the best length with it.
-    want = [draft_length(round((7 / 8) ** i, 2), 0.2, 8) for i in range(12)]
-    assert lengths[:12] == want and want[0] == 8 and want[-1] == 1
+    # The estimate begins at 3/4 and shrinks by an eighth with each failure, and the best length with it.
+    want = [draft_length(round((0.75 + 0.25 / 512) * (7 / 8) ** i, 2), 0.2, 8) for i in range(10)]
+    assert lengths[:10] == want and want[0] == 3 and want[-1] == 1
     assert max(lengths[20:]) == 1 and sum(lengths[20:]) < 20  # given up, but tried again now and then
 
 
@@ -232,6 +232,14 @@ def test_nobody_is_preempted_for_a_draft(hopeful):
     requests = [llm.add_request([1, 2, 3, 4], GREEDY), llm.add_request([5, 6, 7], replace(GREEDY, max_tokens=6))]
     finish(llm, *requests)
     assert llm.stats()["preemptions"] == 0 < llm.stats()["accepted"]
+
+
+def test_room_that_no_draft_fills_is_given_back(hopeful):
+    llm = engine(draft=lambda tokens: [3] * (len(tokens) % 3))
+    llm.add_request([1, 2, 3], replace(GREEDY, max_tokens=30))
+    while llm.has_work():
+        llm.step()
+        assert all(len(r.block_table) == llm.pool.blocks_for(r.num_computed) for r in llm.scheduler.running)
 
 
 def test_drafts_leave_the_prefix_cache_alone(hopeful):
@@ -270,6 +278,21 @@ def test_an_output_ends_where_it_would(drafter, hopeful):
     assert fast.stats()["steps"] < plain.stats()["steps"] / 2 and is_clean(fast)
     if drafter == "itself":  # some were never asked, as the output had ended before them
         assert fast.stats()["saved_steps"] < fast.stats()["accepted"] < fast.stats()["drafted"]
+
+
+@pytest.mark.parametrize("drafter", ["noisy", "itself"])
+def test_penalties_and_bans_count_drafts_as_output(drafter, hopeful):
+    """What is sampled after a draft is sampled as if the draft were true, so the strongest penalties see it."""
+    prompts = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
+    for p in (SamplingParams(presence_penalty=40, repetition_penalty=1.5), SamplingParams(frequency_penalty=15),
+              SamplingParams(frequency_penalty=-9), SamplingParams(repetition_penalty=0.3),
+              SamplingParams(min_tokens=9, max_tokens=24, stop_token_ids=[*range(0, 64, 2)]),
+              SamplingParams(min_tokens=3, max_tokens=24, stop_token_ids=[*range(30)], logit_bias={40: 20.0})):
+        for temperature in (0, 6.0):
+            params = [replace(p, temperature=temperature, max_tokens=24, seed=i) for i in range(3)]
+            llm = speculating(drafter)()
+            assert tokens_of(llm.generate(prompts, params)) == expected(prompts, params)
+            assert llm.stats()["drafted"] > 0
 
 
 def test_the_distribution_is_the_targets(hopeful):
@@ -447,7 +470,7 @@ def test_impossible_drafters_are_refused(options, message):
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_draft_with_other_words_is_refused(tmp_path):
+def test_a_draft_with_other_words_is_refused(tmp_path, hopeful):
     """The same number of tokens does not make them the same."""
     from test_cli import CONFIG as config
     from test_cli import save_model

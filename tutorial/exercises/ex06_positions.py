@@ -34,7 +34,7 @@ MUTANTS = {
         ("(query_start[:-1] - starts)[owner]", "(query_start[:-1] - np.where(counts > 1, 0, starts))[owner]"),),
     "starts everything at zero": (("(query_start[:-1] - starts)[owner]", "query_start[:-1][owner]"),),
     "forgets the new tokens in the context": (("rows, ends, query_start", "rows, np.maximum(starts, 1), query_start"),),
-    "samples the first row of a chunk": (("sampled += [(row + p, (request,", "sampled += [(row + start, (request,"),),
+    "samples the first row of a chunk": (("sampled.append((row + last + j,", "sampled.append((row + start + j,"),),
     "writes to the neighbour's slot": (("+ positions % size\n", "+ (positions + 1) % size\n"),),
 }
 ENGINE = {"max_batch_tokens": 16, "prefix_caching": False}

@@ -38,9 +38,9 @@ def pack(self, plan: list[tuple[Request, int]]
         start, end = request.num_computed, request.num_computed + n
         spans.append((request, start, end))
         row, last = row - start, len(request.tokens) - 1
-        if end > last:  # the last token and the drafts behind it
-            sampled += [(row + p, (request, request.sample_index + k, p - last))
-                        for p in range(last, end) for k in range(request.width)]
+        for j in range(end - last):  # after the last token, and after each draft behind it
+            for k in range(request.width):
+                sampled.append((row + last + j, (request, request.sample_index + k, j)))
         if not request.reuse_prefix and request.num_output == 0:
             prompted += [(row + p, (request, p)) for p in range(start, min(end, request.num_prompt - 1))]
         row += end
@@ -54,10 +54,10 @@ def lay_out(self, spans: list[tuple[Request, int, int]], rows: list[int]) -> Bat
     for cache in self.caches:
         cache.swap(*swaps)
         cache.copy_blocks(copies)
-    starts, ends = np.array([span[1:] for span in spans]).T
+    starts, ends = (np.array(column) for column in list(zip(*spans))[1:])
     counts = ends - starts
     query_start = np.concatenate([[0], counts.cumsum()])
-    width = max(len(request.block_table) for request, *_ in spans)
+    width = max(len(request.block_table) for request, _, _ in spans)
     tables = np.full((len(spans), width), SCRATCH, dtype=np.int32)
     tokens: list[int] = []
     for i, (request, start, end) in enumerate(spans):
