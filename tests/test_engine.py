@@ -353,6 +353,21 @@ def test_copied_blocks_take_their_scales_along():
 # ---- n samples, seeds ----
 
 
+def test_samples_share_the_blocks_of_their_prompt():
+    """At the fork eight samples of 500 tokens hold the blocks of one; the step after, each has its own last block."""
+    model = GPT(ModelConfig.from_dict({**CONFIG, "max_position_embeddings": 512}), torch.float64, "cpu").randomize(1)
+    used = {}
+    for n in (1, 8):
+        llm = engine(model=model, block_size=16, max_batch_tokens=512)
+        request = llm.add_request([i % 64 for i in range(500)], SamplingParams(n=n, seed=1, max_tokens=4, ignore_eos=True))
+        llm.step()
+        assert len(request.samples) == n
+        used[n] = [llm.stats()["blocks_used"]]
+        llm.step()
+        used[n].append(llm.stats()["blocks_used"])
+    assert used == {1: [32, 32], 8: [32, 39]} and 39 <= 1.3 * 32
+
+
 def test_n_samples_are_consecutive_and_differ():
     llm, p = engine(), SamplingParams(temperature=3.0, seed=3, max_tokens=8)
     outputs = llm.generate([[1, 2, 3, 4, 5], [9, 8]], [replace(p, n=4), replace(p, n=2)])
