@@ -165,9 +165,10 @@ def test_endless_loops_and_early_exits_fail(tmp_path, monkeypatch, capsys):
 
 
 def test_a_broken_installation_is_3(tmp_path, run):
-    """Without the engine beside it the check says so, and does not blame the student."""
+    """If the engine beside it can not be imported the check says so, and does not blame the student."""
     shutil.copytree(ROOT / "tutorial", tmp_path / "tutorial", ignore=shutil.ignore_patterns("model", "draft", "figures"))
     shutil.copy(ROOT / "kernels.py", tmp_path)
+    (tmp_path / "nanoserve.py").write_text("raise ImportError('no torch here')\n")
     shutil.copy(check.stub_path(EXERCISES["01"]), tmp_path / "ex01.py")
     command = [sys.executable, tmp_path / "tutorial/check.py", "01"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
