@@ -699,6 +699,7 @@ CPU_SOURCE = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -1093,21 +1094,23 @@ extern "C" void panel_linear(const T* x, const void* panels, const float* scales
 
 // ---- One token per row: where the cumulative probability of what the filters keep passes the noise. All filters come
 // down to a limit on the depth, how far a logit lies below the largest one, after temperature.
-static float reach(const std::vector<float>& depths, float limit, double share) {  // top-p, among those within limit
-    double total = 0;
-    for (float d : depths) total += d <= limit ? exp_(-d) : 0;
-    std::vector<float> order(depths);
-    size_t sorted = 0, size = 256;  // sort only as many as it takes
-    for (double mass = 0; sorted < order.size(); size *= 8) {
-        auto end = order.begin() + std::min(size, order.size());
-        if (end != order.end()) std::nth_element(order.begin() + sorted, end, order.end());
-        std::sort(order.begin() + sorted, end);
-        for (; order.begin() + sorted < end; sorted++) {
-            mass += exp_(-order[sorted]);
-            if (mass >= share * total || order[sorted] >= limit) return std::min(order[sorted], limit);
-        }
+static float reach(std::vector<float>& depths, double share) {  // top-p: the depth at which this share is reached
+    auto mass = [&](size_t first, size_t last) {
+        double sum = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (size_t i = first; i < last; i++) sum += exp_(-depths[i]);
+        return sum;
+    };
+    size_t first = 0, last = depths.size();
+    double wanted = share * mass(first, last);
+    while (last - first > 1) {  // halve, as a sort would, but go on only in the half where it is reached
+        size_t middle = (first + last) / 2;
+        std::nth_element(depths.begin() + first, depths.begin() + middle, depths.begin() + last);
+        double half = mass(first, middle);
+        if (half >= wanted) last = middle;
+        else wanted -= half, first = middle;
     }
-    return limit;
+    return depths[first];
 }
 extern "C" void sample(const T* logits, const float* temperature, const int64_t* top_k, const float* top_p,
                        const float* min_p, const double* noise, int64_t* out, int64_t rows, int64_t V, int64_t stride) {
@@ -1137,7 +1140,11 @@ extern "C" void sample(const T* logits, const float* temperature, const int64_t*
                 std::nth_element(kept.begin(), kept.begin() + top_k[r] - 1, kept.end());
                 limit = std::min(limit, kept[top_k[r] - 1]);
             }
-            if (top_p[r] < 1) limit = reach(depths, limit, top_p[r]);
+            if (top_p[r] < 1) {
+                kept.clear();
+                std::copy_if(depths.begin(), depths.end(), std::back_inserter(kept), [&](float d) { return d <= limit; });
+                limit = std::min(limit, reach(kept, top_p[r]));
+            }
             if (min_p[r] > 0) limit = std::min(limit, -std::log(min_p[r]));
             #pragma omp simd
             for (int64_t i = 0; i < V; i++) depths[i] = depths[i] <= limit ? exp_(-depths[i]) : 0.f;
