@@ -1287,7 +1287,7 @@ class LLM:
             for request in requests:
                 self.abort(request)
             raise
-        samples = list(chain(*(request.samples for request in requests)))
+        samples = list(chain(*(request.samples * request.width for request in requests)))  # width: those not to be
         for request in samples:
             if request.error and not request.expired:
                 raise ValueError(request.error)
@@ -1484,10 +1484,11 @@ class LLM:
 
     def lay_out(self, spans: list[tuple[Request, int, int]], rows: list[int]) -> Batch:
         """The batch that computes positions start .. end-1 of each (request, start, end), with logits for `rows` of it."""
-        swaps, copies = self.pool.take_swaps(), self.pool.take_copies()
-        for cache in self.caches:
-            cache.swap(*swaps)
+        (swaps_out, swaps_in), copies = self.pool.take_swaps(), self.pool.take_copies()
+        for cache in self.caches:  # a block that is copied from may have been given up since, and be swapped into
+            cache.swap(swaps_out, {})
             cache.copy_blocks(copies)
+            cache.swap({}, swaps_in)
         starts, ends = (np.array(column) for column in list(zip(*spans))[1:])
         counts = ends - starts
         query_start = np.concatenate([[0], counts.cumsum()])
@@ -1573,7 +1574,7 @@ class LLM:
                     raise ValueError(f"returned {getattr(row, 'shape', row)!r} instead of logits {tuple(logits[i].shape)}")
                 logits[i] = row
             except Exception as error:  # the user's, so of no concern to the others in the batch
-                request.error = f"logits_processor: {error!r}"
+                request.failures[len(request.tokens) + num_drafts] = f"logits_processor: {error!r}"
                 logits[i] = math.nan
         return logits
 
@@ -1610,7 +1611,7 @@ class LLM:
     def _append(self, request, token, logprobs):
         p = request.params
         if token < 0:
-            request.error = request.error or (
+            request.error = request.failures.get(len(request.tokens)) or (
                 f"request {request.samples[0].arrival}: the model's logits at position {len(request.tokens) - 1} are not "
                 f"finite numbers, or every token is banned")
             self.pool.withdraw(request.block_table)  # or the next to ask the same would inherit them

@@ -92,6 +92,7 @@ class Request:
         self.ended_by_token = False  # the last token is a stop token, and not part of the text
         self.detokenizer = self.edits = None
         self.error: str | None = None
+        self.failures: dict[int, str] = {}  # why the token after so many has no logits; it may be one after a wrong draft
 
     @property
     def num_output(self) -> int:
