@@ -95,6 +95,12 @@ def quantize(weight: torch.Tensor, bits: int, group: int | None = None) -> LowBi
     if bits not in (8, 4) or weight.shape[1] % group or (bits == 4 and group % 32):
         raise ValueError(f"quantize: {bits} bits in groups of {group} do not fit a weight with {weight.shape[1]} inputs "
                          f"(8 bits: any divisor; 4 bits: a divisor that is a multiple of 32)")
+    parts = [_round(part, bits, group) for part in weight.split(1024)]  # so that what it takes meanwhile stays small
+    return LowBitWeight(*(torch.cat(tensors) for tensors in zip(*parts)))
+
+
+def _round(weight, bits, group) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scales) of some rows of a weight."""
     most = 2 ** (bits - 1) - 1
     grouped = weight.float().view(len(weight), -1, group)
     # The scale is rounded first, so that its rounding costs nothing: codes are relative to what will be multiplied by.
@@ -103,7 +109,7 @@ def quantize(weight: torch.Tensor, bits: int, group: int | None = None) -> LowBi
     if bits == 4:
         words = ((codes.long() + 8).view(len(codes), -1, 8) << _shifts(codes)).sum(-1)
         codes = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-    return LowBitWeight(codes, scales)
+    return codes, scales
 
 
 def _shifts(codes):
@@ -159,26 +165,32 @@ def to_panels(rows: torch.Tensor) -> torch.Tensor:
 
 def from_panels(panels: torch.Tensor, outputs: int) -> torch.Tensor:
     """What `to_panels` was given."""
-    return panels.transpose(1, 2).flatten(0, 1)[:outputs].contiguous()
+    rows = panels.transpose(1, 2).flatten(0, 1)[:outputs]
+    return rows.clone(memory_format=torch.contiguous_format)  # so that it can be viewed in another dtype, one column too
 
 
-def pack_weight(weight: torch.Tensor | LowBitWeight) -> torch.Tensor | PanelWeight | LowBitWeight:
+def pack_weight(weight: torch.Tensor | LowBitWeight, dtype: torch.dtype | None = None
+                ) -> torch.Tensor | PanelWeight | LowBitWeight:
     """Reorder a [out, in] weight, once, into the layout that it is multiplied from; unchanged where there is none.
 
-    On a CPU with a C++ compiler: panels, for codes of 8 or 4 bits and, with AVX-512, for float32 and bfloat16 (but where
-    there is AMX, which oneDNN uses). Else oneDNN's blocked layout; F.linear would do that reordering inside every call.
+    dtype: that of what it will be multiplied with, by default its own (of codes float32). On a CPU with a C++ compiler:
+    panels, for codes of 8 or 4 bits and, with AVX-512, for float32 and bfloat16 (but where there is AMX, which oneDNN uses).
+    Else oneDNN's blocked layout; F.linear would do that reordering inside every call.
     """
     if isinstance(weight, LowBitWeight):
+        cpp, _ = compiled(torch.empty(0, dtype=dtype or torch.float32, device=weight.codes.device))
         group = weight.shape[1] // weight.scales.shape[1]
-        has_cpp = weight.codes.device.type == "cpu" and use_cpp and not cuda_on_cpu and cpp_compiler()
-        return PanelWeight.pack(weight) if has_cpp and (group % 2 == 0 or group == weight.shape[1]) else weight
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+        return PanelWeight.pack(weight) if cpp and (group % 2 == 0 or group == weight.shape[1]) else weight
+    if (weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16)
+            or dtype not in (None, weight.dtype)):
         return weight
+    cpp, _ = compiled(weight)
     if weight.dtype == torch.bfloat16:
-        fast = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+        fast = cpp and torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+        fast = fast and cpp("multiplies_pairs")
     else:
-        fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if fast and compiled(weight)[0]:
+        fast = cpp and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if fast:
         return PanelWeight.pack(weight)
     if (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
             and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())):
@@ -207,6 +219,7 @@ def _panel_linear(x, weight, bias, gelu):
         plain = weight.plain()
         return linear(x, plain.to(x.dtype) if isinstance(plain, torch.Tensor) else plain, bias, gelu)
     x, (outputs, inputs) = x.contiguous(), weight.shape
+    assert x.shape[1] == inputs, (x.shape, weight.shape)  # C++ would read whatever lies there
     out, groups = x.new_empty(len(x), outputs), 1 if weight.scales is None else weight.scales.shape[1]
     cpp("panel_linear", x, weight.words, weight.scales, bias, out, len(x), outputs, inputs, groups, weight.bits, gelu)
     return out
@@ -638,16 +651,17 @@ class CppLibrary:
         "paged_attention": [_P] * 9 + [_I] * 8 + [_F],
         "panel_linear": [_P] * 5 + [_I] * 6,
         "sample": [_P] * 7 + [_I] * 3,
+        "multiplies_pairs": [],
     }
 
     def __init__(self, path: Path):
         library = ctypes.CDLL(str(path))
         self.functions = {name: getattr(library, name) for name in self.signatures}
         for name, arguments in self.signatures.items():
-            self.functions[name].argtypes, self.functions[name].restype = arguments, None
+            self.functions[name].argtypes, self.functions[name].restype = arguments, _I if not arguments else None
 
-    def __call__(self, name: str, *args) -> None:
-        self.functions[name](*(arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args))
+    def __call__(self, name: str, *args) -> int | None:
+        return self.functions[name](*(arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args))
 
 
 def cpp_compiler() -> str | None:
@@ -703,7 +717,7 @@ CPU_SOURCE = r"""
 #include <type_traits>
 #include <utility>
 #include <vector>
-#ifdef __AVX512F__
+#if defined __AVX512F__ || defined __AVX2__
 #include <immintrin.h>
 #endif
 #ifdef _OPENMP
@@ -914,7 +928,12 @@ extern "C" void rope_and_write_kv(T* qkv, const int64_t* positions, const int64_
 // input of an output or several neighbouring ones. A panel is read once, from front to end: a piece of it is multiplied
 // with all rows, a tile of up to 14 rows by 32 outputs at a time (28 sums, of AVX-512's 32 registers), before the next
 // piece is touched, which the tiles meanwhile ask memory for. A row's result does not depend on its neighbours.
-constexpr int COLS = 2, PANEL = COLS * W, TILE = 14, PIECE = 256, MOST_ROWS = 56;
+constexpr int COLS = 2, PANEL = COLS * W, PIECE = 256, MOST_ROWS = 56;
+#ifdef __AVX512F__
+constexpr int TILE = 14;
+#else
+constexpr int TILE = 3;  // fewer and smaller registers
+#endif
 
 // What a word holds, how it is multiplied with the inputs of a row, and how these are made ready. STEPS: operands in a word.
 struct Floats {
@@ -949,6 +968,12 @@ struct Bytes {
     static veci add_product(veci sum, Input x, vecu w) {
 #ifdef __AVX512VNNI__
         return (veci)_mm512_dpwssd_epi32((__m512i)sum, _mm512_set1_epi32(x), (__m512i)w);
+#elif defined __AVX2__
+        __m256i s[2], v[2];
+        memcpy(s, &sum, sizeof s); memcpy(v, &w, sizeof v);
+        for (int i = 0; i < 2; i++) s[i] = _mm256_add_epi32(s[i], _mm256_madd_epi16(v[i], _mm256_set1_epi32(x)));
+        memcpy(&sum, s, sizeof s);
+        return sum;
 #endif
         return sum + int16_t(x) * ((veci)(w << 16) >> 16) + (int32_t(x) >> 16) * ((veci)w >> 16);
     }
@@ -1029,7 +1054,10 @@ static float make_ready(const T* from, uint32_t* to, int64_t n, Bytes) {  // two
     return largest / 32767 + zero;
 }
 #ifdef __AVX512BF16__
-static float make_ready(const T* from, uint32_t* to, int64_t n, Pairs) { memcpy(to, from, n * sizeof(T)); return 1; }
+[[maybe_unused]] static float make_ready(const T* from, uint32_t* to, int64_t n, Pairs) {
+    memcpy(to, from, n * sizeof(T));
+    return 1;
+}
 #endif
 
 template <class K>
@@ -1090,6 +1118,13 @@ extern "C" void panel_linear(const T* x, const void* panels, const float* scales
     if constexpr (sizeof(T) == 2) if (bits == 16) product = panels_times<Pairs>;
 #endif
     product(x, panels, scales, bias, out, rows, outputs, inputs, groups, gelu);
+}
+extern "C" int64_t multiplies_pairs() {  // whether bits may be 16: the compiler may know less than the CPU can
+#ifdef __AVX512BF16__
+    return sizeof(T) == 2;
+#else
+    return 0;
+#endif
 }
 
 // ---- One token per row: where the cumulative probability of what the filters keep passes the noise. All filters come
@@ -1309,7 +1344,8 @@ static void attend(const T* q, const C* k_cache, const C* v_cache, const bf16* k
         std::vector<float> scratch(KEYS * t.Dp), k_factors(SCALED * together * KEYS), v_factors(SCALED * together * KEYS);
         #pragma omp for schedule(dynamic, 1)
         for (size_t task = 0; task < tasks.size(); task++) {
-            auto [b, h0, h1, first, last] = tasks[task];
+            const Task& which = tasks[task];
+            int64_t b = which.b, h0 = which.h0, h1 = which.h1, first = which.first, last = which.last;
             int64_t start = query_start[b], position0 = context_lens[b] - (query_start[b + 1] - start);
             int64_t rows = (last - first) * group, n_heads = h1 - h0;  // rows of one key/value head
             bool few = rows < FEW;

@@ -352,7 +352,7 @@ class GPT:
     def _ready(self, weight, name):
         if self.quantize and name != "router":  # a router is small, and decides between experts on small differences
             weight = kernels.quantize(weight, LOW_BITS[self.quantize])
-        return kernels.pack_weight(weight)
+        return kernels.pack_weight(weight, self.dtype)
 
     def randomize(self, seed: int = 0, std: float = 0.02) -> GPT:
         """Normal weights, norms of one: for measuring a shape's speed, where values do not matter. Returns itself."""

@@ -463,6 +463,8 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 
 def test_packing_loses_nothing(monkeypatch):
+    one = kernels.pack_weight(randn(1, 3, 2, dtype=BF16))
+    assert not isinstance(one, kernels.PanelWeight) or one.plain().shape == (3, 2)
     for outputs, inputs in ((1, 64), (33, 64), (64, 192)):
         for weight, dtype in weights_of_all_kinds(outputs, inputs):
             monkeypatch.setattr(kernels, "use_cpp", False)

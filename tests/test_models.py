@@ -484,7 +484,7 @@ def test_a_planted_bug_shows(name, monkeypatch):
     family, *edits = MUTANTS[name]
     monkeypatch.setattr(kernels, "use_cpp", False)
     # Weights that are multiplied through oneDNN take another path through `linear`; here the plain one is under test.
-    monkeypatch.setattr(kernels, "pack_weight", lambda weight: weight)
+    monkeypatch.setattr(kernels, "pack_weight", lambda weight, dtype: weight)
     sequences, want = zip(*reference(family))
     assert error(batched(read(family), list(sequences)), want) < TOLERANCE
     mutate(monkeypatch, *edits)
@@ -493,7 +493,7 @@ def test_a_planted_bug_shows(name, monkeypatch):
 
 def test_without_packing_the_logits_are_the_same(monkeypatch):
     """Where oneDNN lacks the operations, plain F.linear takes over."""
-    monkeypatch.setattr(kernels, "pack_weight", lambda weight: weight)
+    monkeypatch.setattr(kernels, "pack_weight", lambda weight, dtype: weight)
     for family in ("gpt2", "llama_bias", "mixtral"):
         sequences, want = zip(*reference(family))
         assert error(batched(read(family), list(sequences)), want) < TOLERANCE
