@@ -144,6 +144,17 @@ def test_the_engine_gets_the_same_tokens_from_the_cuda_kernels(reverse, kv_dtype
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
+@needs_compiler
+def test_vector_loads_and_stores_are_counted():
+    x = torch.randn(3, 64)
+    with cuda_on_cpu.enabled(launches=[]) as launches, cuda_on_cpu.Operations() as others:
+        y = kernels.silu_mul(x)
+        y + y[:1]
+    assert [(launch.name, launch.read, launch.written) for launch in launches] == [
+        ("silu_mul", [x.nbytes, 0, 0], [0, y.nbytes, 0])]
+    assert (others.launches, others.bytes) == (1, 2 * y.nbytes + y[:1].nbytes), "PyTorch's own, without views"
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])

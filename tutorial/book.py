@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import math
 import random
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -69,6 +70,17 @@ class Timer:
 
     def __exit__(self, *_):
         self.seconds = time.perf_counter() - self.start
+
+
+def median_seconds(run, times: int = 9, wait=lambda: None) -> float:
+    """Median seconds of run() and then wait(), on a GPU torch.cuda.synchronize: who launches has not waited yet."""
+    seconds = []
+    for _ in range(times):
+        with Timer() as t:
+            run()
+            wait()
+        seconds.append(t.seconds)
+    return statistics.median(seconds)
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------

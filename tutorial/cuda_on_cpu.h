@@ -12,6 +12,7 @@
 //   * a vector load or store that is not aligned to its size, or outside of the tensors that the kernel was given: an error
 //   * shared memory that is read before it is written: it starts as NaN in every block
 //   * a missing __syncthreads(): the order of lanes and of warps can be reversed, which must not change any result
+// And vector loads and stores are counted, in bytes, for each tensor.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -64,8 +65,8 @@ static jmp_buf scheduler;
 static ucontext_t main_context;
 static dim3 block_index, block_dim, grid_dim;
 static std::string error;
-struct Tensor { const char *begin, *end; };
-static const Tensor* tensors;  // that were passed to the kernel
+struct Tensor { const char *begin, *end; int64_t read, written; };  // the last two: bytes, by vector loads and stores
+static Tensor* tensors;  // that were passed to the kernel
 static size_t num_tensors;
 static void (*body)(void**);
 static void** arguments;
@@ -147,10 +148,10 @@ static bool run_block(bool reverse) {
     return true;
 }
 
-static const char* launch(void (*kernel)(void**), dim3 grid, dim3 block, void** args, const void* given, size_t num_given,
+static const char* launch(void (*kernel)(void**), dim3 grid, dim3 block, void** args, void* given, size_t num_given,
                           bool reverse) {
     body = kernel;
-    tensors = (const Tensor*)given;
+    tensors = (Tensor*)given;
     num_tensors = num_given;
     arguments = args;
     grid_dim = grid;
@@ -202,11 +203,15 @@ static Meeting<V> meet(const char* name, const V& mine, unsigned mask = ~0u) {
 static int lane_id() { return current->index.x % WARP; }
 
 template <class V>
-static void check_access(const V* p) {
+static Tensor& accessed(const V* p) {
     auto inside = [&](const Tensor& t) { return (const char*)p >= t.begin && (const char*)(p + 1) <= t.end; };
-    if (std::none_of(tensors, tensors + num_tensors, inside)) fail("a vector access outside of the tensors");
+    Tensor* t = std::find_if(tensors, tensors + num_tensors, inside);
+    if (t == tensors + num_tensors) fail("a vector access outside of the tensors");
     if (uintptr_t(p) % alignof(V)) fail("a vector access is not aligned to " + std::to_string(alignof(V)) + " bytes");
+    return *t;
 }
+template <class V> static void check_access(const V* p) { accessed(p).read += sizeof(V); }
+template <class V> static void check_access(V* p) { accessed(p).written += sizeof(V); }  // who may write, is about to
 
 // A kernel of any signature, called through an array of pointers to its arguments.
 template <class... A, size_t... I>
