@@ -552,20 +552,22 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def find_model(model: str | os.PathLike | None) -> Path:
-    """The folder of a model: itself, or fetched from the Hugging Face hub if it is a name like org/name."""
+def find_model(model: str | os.PathLike | None, given_as: str = "model") -> Path:
+    """The folder of a model: itself, or fetched from the Hugging Face hub if it is a name like org/name. ValueError, which
+    names what it was given as, if it can not be had.
+    """
     folder = Path(model) if model is not None else DEFAULT_MODEL
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or str(model).startswith("."):
-        raise ValueError(f"model: there is no folder {folder}")
+        raise ValueError(f"{given_as}: there is no folder {folder}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(model), allow_patterns=["*.json", "model*.safetensors", "*.jinja"]))
     except Exception as error:  # whatever the network or the hub came up with, it is one line to the user
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"model: {model} is no folder here, and could not be fetched from the hub: {first}") from None
+        raise ValueError(f"{given_as}: {model} is no folder here, and could not be fetched from the hub: {first}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -839,12 +841,11 @@ class Edits:
         for i in range(self.num_seen, len(token_ids)):
             self._take(token_ids[i], i >= self.num_prompt)
         self.num_seen = len(token_ids)
-        if drafts:
-            self = self._copy()
-            for token in drafts:
-                self._take(token, True)
-        n = len(self.place)
-        tokens, changes = self.tokens[:n], self.changes[:n]
+        edits = self._copy() if drafts else self
+        for token in drafts:
+            edits._take(token, True)
+        n = len(edits.place)
+        tokens, changes = edits.tokens[:n], edits.changes[:n]
         if len(token_ids) + len(drafts) - self.num_prompt < self.params.min_tokens:
             changes = changes.copy()
             changes[self.banned] = -math.inf, 1, 0
@@ -1126,19 +1127,13 @@ class LLM:
                 f", or swap_memory for {num_slots:,}; lower one" if num_slots else "; lower kv_memory")) from None
         self.cache = self.caches[0]
         self.graphs = self._capture(self.model, self.cache, max_batch_requests) if graphs else None
-        # What a draft costs, in steps: one row of the target's step, and one pass of the draft model.
-        self.draft_cost = 1 / max(1, self.scheduler.ridge)
-        for cache in self.caches[1:]:
-            model, most = self.drafter, min(max_batch_requests, self.scheduler.ridge)
-            self.draft_cost += model.num_parameters / self.model.num_parameters
-            self.drafter = DraftModel(model, cache, self._capture(model, cache, most) if graphs else None)
+        self._set_up_drafts(graphs)
         self._random = random.Random(seed)
         self._plan: list[tuple[Request, int]] = []  # of the step under way, or the last one
-        self._counts = dict.fromkeys(("steps", "forward_passes", "computed_tokens", "prompt_tokens", "output_tokens",
+        self.counts = dict.fromkeys(("steps", "forward_passes", "computed_tokens", "prompt_tokens", "output_tokens",
                                       "finished", "aborted", "drafted", "accepted", "saved_steps"), 0)
         if num_slots:
-            per_token, per_block = self._measure_swap()
-            self.scheduler.prefers_swap = lambda tokens, blocks: blocks * per_block < tokens * per_token
+            self.scheduler.prefers_swap = self._measure_swap()
         log.info(self.describe())
 
     def _load(self, folder, config, device, dtype, quantize):
@@ -1162,7 +1157,7 @@ class LLM:
         if not isinstance(draft, (str, os.PathLike, GPT)):
             raise ValueError(f'draft: must be "ngram", a model or a function, got {type(draft).__name__}')
         if not isinstance(draft, GPT):
-            path = find_model(DEFAULT_DRAFT if draft == "default" else draft)
+            path = find_model(DEFAULT_DRAFT if draft == "default" else draft, "draft")
             config = ModelConfig.from_dict(read_json(path / "config.json"))
             self._check_draft(config, config.max_len)
             if self.tokenizer and (path / "tokenizer.json").exists():
@@ -1181,6 +1176,15 @@ class LLM:
         if max_len < self.max_model_len:
             raise ValueError(f"draft: has room for {max_len} tokens, the model for max_model_len={self.max_model_len}")
 
+    def _set_up_drafts(self, graphs):
+        """What a draft costs, in steps: one row of the target's step, and one pass of a draft model; that gets its cache."""
+        ridge = self.scheduler.ridge
+        self.draft_cost = 1 / max(1, ridge)
+        for cache in self.caches[1:]:
+            model, most = self.drafter, min(self.scheduler.max_batch_requests, ridge)
+            self.draft_cost += model.num_parameters / self.model.num_parameters
+            self.drafter = DraftModel(model, cache, self._capture(model, cache, most) if graphs else None)
+
     def _capture(self, model, cache, max_requests) -> DecodeGraphs | None:
         """Only what never waits for the device can be captured: not the PyTorch attention, nor the loop over experts."""
         c, loops = model.config, any(isinstance(layer.gate_up, list) for layer in model.layers)
@@ -1195,10 +1199,10 @@ class LLM:
             raise ValueError(f"swap_memory: must be 0 or at least the {block_bytes} bytes of a block, got {swap_memory!r}")
         return int(swap_memory // block_bytes)
 
-    def _measure_swap(self) -> tuple[float, float]:
-        """Seconds to compute a token of a long prompt, and to copy a block to the host and back. Both are first guesses at
-        what a preempted request costs: what it will find in the prefix cache, or compute in the shadow of other requests'
-        weights, is not known when it has to go.
+    def _measure_swap(self) -> Callable[[int, int], bool]:
+        """(tokens, blocks) -> whether to copy so many blocks to the host and back takes less than to compute the tokens, by
+        the seconds of a long prompt and of its copies now. First guesses at what a preempted request costs: what it will
+        find in the prefix cache, or compute in the shadow of other requests' weights, is not known when it has to go.
         """
         n = min(512, self.max_model_len - 1, self.scheduler.max_batch_tokens, self.pool.num_usable * self.pool.block_size)
         request = Request([0] * n, params=SamplingParams())
@@ -1216,7 +1220,8 @@ class LLM:
                     torch.cuda.synchronize(self.device)
             seconds.append(time.perf_counter() - start)
         self.pool.release(request.block_table)
-        return seconds[0] / n, seconds[1] / len(pairs)
+        per_token, per_block = seconds[0] / n, seconds[1] / len(pairs)
+        return lambda tokens, blocks: blocks * per_block < tokens * per_token
 
     def _num_blocks(self, block_bytes, kv_memory, block_size, max_batch_requests) -> int:
         device = self.device
@@ -1237,7 +1242,7 @@ class LLM:
 
     def describe(self) -> str:
         """One line on what runs where, so that a slow run explains itself."""
-        c, gib = self.model.config, self.cache.nbytes / 2**30
+        c, gib = self.model.config, sum(cache.nbytes for cache in self.caches) / 2**30
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         cpp, cuda = kernels.compiled(self.model.embed)
         threads = f"{torch.get_num_threads()} threads, " if self.device.type == "cpu" else ""
@@ -1245,7 +1250,6 @@ class LLM:
         drafts = ""
         if isinstance(self.drafter, DraftModel):
             drafts = f", drafts from {self.drafter.model.num_parameters / 1e6:,.1f}M parameters"
-            gib += self.drafter.cache.nbytes / 2**30
         elif self.drafter:
             drafts = ", drafts from the text" if isinstance(self.drafter, PromptLookup) else ", drafts from a function"
         device += f" ({threads}{'C++' if cpp else 'CUDA C++' if cuda else 'PyTorch'} kernels{graphs})"
@@ -1294,7 +1298,9 @@ class LLM:
         return [self.output(request) for request in samples]
 
     def stream(self, prompt: str | list[int], params: SamplingParams | None = None) -> Iterator[str]:
-        """The text of one completion, piece by piece as it comes. Leaving the loop early aborts the request."""
+        """The text of one completion, piece by piece as it comes, until its deadline if it has one. Leaving the loop early
+        aborts the request. ValueError if it can not be served, or fails on the way.
+        """
         if params and params.n > 1:
             raise ValueError(f"n: a stream is one sample, got n={params.n}")
         request, shown = self.add_request(prompt, params), 0
@@ -1308,7 +1314,7 @@ class LLM:
                     break
                 else:
                     self.step()
-            if request.error:
+            if request.error and not request.expired:
                 raise ValueError(request.error)
         finally:
             self.abort(request)
@@ -1367,7 +1373,7 @@ class LLM:
         for sample in request.samples if request is request.samples[0] else [request]:
             if sample.status != FINISHED:
                 self.scheduler.finish(sample, "abort")
-                self._counts["aborted"] += 1
+                self.counts["aborted"] += 1
 
     def has_work(self) -> bool:
         """Whether a step would do anything."""
@@ -1384,7 +1390,7 @@ class LLM:
         them that finished and missed none · blocks_swapped_out, blocks_swapped_in, blocks_swap_freed: those whose copies on
         the host were not needed · waiting, running · blocks_used, blocks_cached (free, but matching a prefix), blocks_free.
         """
-        return {**self._counts, "draft_passes": getattr(self.drafter, "num_passes", 0),
+        return {**self.counts, "draft_passes": getattr(self.drafter, "num_passes", 0),
                 "hit_tokens": self.scheduler.num_hit_tokens,
                 "preemptions": self.scheduler.num_preemptions, "with_targets": self.scheduler.num_with_targets,
                 "goodput": self.scheduler.num_in_time, "blocks_swapped_out": self.scheduler.num_swapped_out,
@@ -1408,9 +1414,9 @@ class LLM:
         batch, samplers, prompt_rows = self.pack(plan)
         replay = self.graphs is not None and batch.is_decode
         logits = self.graphs.forward(batch) if replay else self.model.forward(batch, self.cache)
-        self._counts["steps"] += 1
-        self._counts["forward_passes"] += 1
-        self._counts["computed_tokens"] += len(batch.tokens)
+        self.counts["steps"] += 1
+        self.counts["forward_passes"] += 1
+        self.counts["computed_tokens"] += len(batch.tokens)
         for (request, position), row in zip(prompt_rows, logits[len(samplers):]):
             self._record(request, position, row.float().log_softmax(-1))
         # Until here no token was appended and nothing counts as computed: a step that failed above can be repeated.
@@ -1418,7 +1424,7 @@ class LLM:
 
     def _take_expired(self):
         expired = self.scheduler.take_expired()
-        self._counts["aborted"] += len(expired)
+        self.counts["aborted"] += len(expired)
         return expired
 
     def drop_step(self, reason: str) -> list[Request]:
@@ -1434,7 +1440,7 @@ class LLM:
                 request.error = reason
                 self.pool.withdraw(request.block_table)
                 self.scheduler.finish(request, "abort")
-                self._counts["aborted"] += 1
+                self.counts["aborted"] += 1
         return concerned + self._take_expired()
 
     def propose(self, plan: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
@@ -1586,7 +1592,7 @@ class LLM:
         sampled, results = [], zip(tokens, logprobs)
         for request, n in plan:
             drafts = request.drafts
-            self._counts["prompt_tokens"] += min(n, max(0, request.num_prompt - request.num_computed))
+            self.counts["prompt_tokens"] += min(n, max(0, request.num_prompt - request.num_computed))
             if self.scheduler.advance(request, n - len(drafts)):
                 for sample in self.scheduler.fork(request):
                     self._append(sample, *next(results))
@@ -1603,9 +1609,9 @@ class LLM:
             saved += 1
         # The token that ended a request may have been a draft too: a true one, but nothing was sampled after it.
         accepted = saved + (not request.error and request.tokens[-1:] == drafts[saved : saved + 1])
-        self._counts["drafted"] += len(drafts)
-        self._counts["accepted"] += accepted
-        self._counts["saved_steps"] += saved
+        self.counts["drafted"] += len(drafts)
+        self.counts["accepted"] += accepted
+        self.counts["saved_steps"] += saved
         self._adapt(request, accepted, min(accepted + 1, len(drafts)))
 
     def _append(self, request, token, logprobs):
@@ -1616,10 +1622,10 @@ class LLM:
                 f"finite numbers, or every token is banned")
             self.pool.withdraw(request.block_table)  # or the next to ask the same would inherit them
             self.scheduler.finish(request, "abort")
-            self._counts["aborted"] += 1
+            self.counts["aborted"] += 1
             return
         request.tokens.append(token)
-        self._counts["output_tokens"] += 1
+        self.counts["output_tokens"] += 1
         if logprobs is not None:
             request.logprobs.append(logprobs)
         if token in self._stop_ids(p):
@@ -1631,7 +1637,7 @@ class LLM:
         else:
             return
         self.scheduler.finish(request, reason)
-        self._counts["finished"] += 1
+        self.counts["finished"] += 1
 
     def _stop_ids(self, p: SamplingParams) -> frozenset:
         """The tokens that end the output of a request with these parameters."""
@@ -2026,8 +2032,8 @@ class EngineThread(threading.Thread):
 
     def _computed(self) -> tuple[int, int, int]:
         """Tokens computed so far: those of prompts, drafts, and all."""
-        counts = self.llm._counts
-        return counts["prompt_tokens"], counts.get("drafted", 0), counts["computed_tokens"]
+        counts = self.llm.counts
+        return counts["prompt_tokens"], counts["drafted"], counts["computed_tokens"]
 
     # ---- commands: the loop thread puts them ----
 
@@ -2082,7 +2088,7 @@ class EngineThread(threading.Thread):
             "num_waiting": scheduler.num_waiting,
             "steps": [[p - p0, c - c0 - (p - p0) - (d - d0), d - d0]
                       for (p0, d0, c0), (p, d, c) in pairwise(self.history)],  # prefill, decode, drafts
-            "counts": {**llm._counts, "hit_tokens": scheduler.num_hit_tokens, "preemptions": scheduler.num_preemptions,
+            "counts": {**llm.counts, "hit_tokens": scheduler.num_hit_tokens, "preemptions": scheduler.num_preemptions,
                        "failed": self.num_failed},
             "is_paused": int(self.is_paused), "delay_ms": round(self.delay * 1000)}
         return state, time.thread_time() - started
@@ -2114,7 +2120,7 @@ class EngineThread(threading.Thread):
                     raise HTTPError(504 if request.expired else 500, request.error)
                 update = self._update(job, index + request.sample_index, request, now)
             except Exception as error:
-                update, self.num_failed = self._failure(error), self.num_failed + 1
+                update, self.num_failed = self._failure(error), self.num_failed + (not request.expired)
             if update:
                 news.append((job, update))
             if isinstance(update, HTTPError) or len(job.finished) == job.num_samples:

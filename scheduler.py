@@ -438,7 +438,7 @@ class Scheduler:
         for i in range(1, width):
             child = copy.copy(request)
             child.tokens, child.logprobs, child.num_preemptions = request.tokens.copy(), [], 0
-            child.detokenizer = child.edits = None
+            child.detokenizer, child.edits, child.failures = None, None, {}
             child.block_table = self.pool.fork(request.block_table)
             child.sample_index = i
             child.urgency = (*request.urgency[:2], i)  # right behind its siblings, before whoever came later

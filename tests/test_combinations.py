@@ -5,6 +5,7 @@ Here they meet, on pools that are too small, in workloads drawn from a seed.
 """
 
 import copy
+import dataclasses
 import itertools
 import math
 import random
@@ -234,6 +235,27 @@ def test_a_processor_that_refuses_a_wrong_draft_harms_nobody(drafter):
     llm.draft_cost = 0.05
     output, = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=8, logits_processor=grammar))
     assert output.token_ids == tokens[3:] and llm.stats()["drafted"]
+
+
+def test_a_stream_ends_at_its_deadline():
+    """With what came until then, as `generate` does."""
+    llm, seconds = test_engine.engine(tokenizer="byte_level"), itertools.count()
+    llm.scheduler.clock = lambda: next(seconds)
+    p = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    whole, part = "".join(llm.stream([1, 2], p)), "".join(llm.stream([1, 2], dataclasses.replace(p, deadline=12)))
+    assert whole.startswith(part) and 0 < len(part) < len(whole)
+
+
+def test_samples_do_not_share_the_failures_of_their_processors():
+    llm = test_engine.engine()
+    request = llm.add_request([1, 2], SamplingParams(n=2, seed=1, max_tokens=3))
+    llm.step()
+    assert request.samples[0].failures is not request.samples[1].failures
+
+
+def test_a_draft_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="^draft: there is no folder"):
+        LLM(toy(), draft="./nowhere", kv_memory=1 << 20)
 
 
 def test_samples_that_expired_before_there_were_any_have_their_places():

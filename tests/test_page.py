@@ -180,8 +180,8 @@ def test_drafts_are_told_from_what_is_certain(serving):
     server, step = serving(llm), llm.step
 
     def speculate():
-        llm._counts["drafted"] = llm._counts.get("drafted", 0) + 3
-        llm._counts["computed_tokens"] += 3
+        llm.counts["drafted"] += 3
+        llm.counts["computed_tokens"] += 3
         return step()
 
     llm.step = speculate

@@ -457,7 +457,7 @@ def test_both_caches_share_the_budget_and_the_blocks():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"draft": 7}, "draft: .*int"), ({"draft": "no/such/draft"}, "model: .*no/such/draft"),
+    ({"draft": 7}, "draft: .*int"), ({"draft": "no/such/draft"}, "draft: .*no/such/draft"),
     ({"draft": lambda: GPT(ModelConfig.from_dict({**CONFIG, "vocab_size": 65}), torch.float64, "cpu")}, "draft: .*65.*64"),
     ({"draft": lambda: GPT(toy().config, torch.float64, "cpu", max_len=100)}, "draft: .*100.*max_model_len=128"),
     ({"num_drafts": 3}, "num_drafts: 3.*without a draft"), ({"draft": "ngram", "num_drafts": 0}, "num_drafts: .*0"),

@@ -323,7 +323,7 @@ with book.figure(args, "ch04_kernels", columns=3, size=(10, 3.2)) as axes:
 #
 # ## At scale
 #
-# FlashAttention reports 40.3 GB of memory traffic for GPT-2's standard attention against 4.4 GB fused, and 41.7 ms
+# FlashAttention reports 40.3 GB of memory traffic for GPT-2 medium's standard attention against 4.4 GB fused, and 41.7 ms
 # against 7.3, with more arithmetic than before. Flash-Decoding reports up to 8 times the decoding speed at long contexts.
 # The PagedAttention paper's own kernel was 20 to 26 % slower than an unpaged one: the price of looking blocks up.
 #
