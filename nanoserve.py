@@ -1133,7 +1133,8 @@ class LLM:
         self.counts = dict.fromkeys(("steps", "forward_passes", "computed_tokens", "prompt_tokens", "output_tokens",
                                       "finished", "aborted", "drafted", "accepted", "saved_steps"), 0)
         if num_slots:
-            self.scheduler.prefers_swap = self._measure_swap()
+            per_token, per_block = self._measure_swap()
+            self.scheduler.prefers_swap = lambda tokens, blocks: blocks * per_block < tokens * per_token
         log.info(self.describe())
 
     def _load(self, folder, config, device, dtype, quantize):
@@ -1199,10 +1200,10 @@ class LLM:
             raise ValueError(f"swap_memory: must be 0 or at least the {block_bytes} bytes of a block, got {swap_memory!r}")
         return int(swap_memory // block_bytes)
 
-    def _measure_swap(self) -> Callable[[int, int], bool]:
-        """(tokens, blocks) -> whether to copy so many blocks to the host and back takes less than to compute the tokens, by
-        the seconds of a long prompt and of its copies now. First guesses at what a preempted request costs: what it will
-        find in the prefix cache, or compute in the shadow of other requests' weights, is not known when it has to go.
+    def _measure_swap(self) -> tuple[float, float]:
+        """Seconds to compute a token of a long prompt, and to copy a block to the host and back. Both are first guesses at
+        what a preempted request costs: what it will find in the prefix cache, or compute in the shadow of other requests'
+        weights, is not known when it has to go.
         """
         n = min(512, self.max_model_len - 1, self.scheduler.max_batch_tokens, self.pool.num_usable * self.pool.block_size)
         request = Request([0] * n, params=SamplingParams())
@@ -1220,8 +1221,7 @@ class LLM:
                     torch.cuda.synchronize(self.device)
             seconds.append(time.perf_counter() - start)
         self.pool.release(request.block_table)
-        per_token, per_block = seconds[0] / n, seconds[1] / len(pairs)
-        return lambda tokens, blocks: blocks * per_block < tokens * per_token
+        return seconds[0] / n, seconds[1] / len(pairs)
 
     def _num_blocks(self, block_bytes, kv_memory, block_size, max_batch_requests) -> int:
         device = self.device
