@@ -1749,6 +1749,9 @@ def free_memory() -> int:
 #                            └──────── Job's mailbox ◄──────────┘ one batch of updates a step
 #
 # A client that reads slowly holds up only its own task: what it has not taken yet is at most its own max_tokens.
+# Writing an event costs as much as computing a few tokens of a small model, and takes the lock from the step. So first
+# tokens and ends are sent at once, and what lies between as often as STREAM_SHARE of the loop thread's time allows: token
+# by token for a few clients, several tokens an event for hundreds.
 
 MAX_HEAD = 32 << 10  # bytes of request line and headers
 MAX_ENTRIES = {"stop": 16, "stop_token_ids": 1024, "logit_bias": 1024}  # looked through in every step, for every token
@@ -1756,6 +1759,7 @@ MAX_LOGPROBS = 20  # of a token; hundreds for each fill the memory, and writing 
 SHORT_BODY = 64 << 10  # bytes that are read at once; longer ones in a thread
 SPARE_FILES = 64  # beside the connections: the log, the model, surplus clients while they are told
 PAGE = Path(__file__).parent / "tutorial" / "page.html"
+STREAM_SHARE, STREAM_GAP = 0.05, 0.1  # of the time, for the loop thread; seconds between two events, if it can keep up
 LOOKS_A_SECOND, LOOKS_SHARE = 20, 0.015  # how often the page gets a new state at most, and what share of the time that takes
 SHOWN_STEPS, SHOWN_WAITING = 120, 32  # in each of them
 CACHED_BLOCK, SHARED_BLOCK, SCRATCH_BLOCK = -1, -2, -3  # 0 is a free one, i the i-th running request's
@@ -1918,10 +1922,11 @@ class Update(NamedTuple):
 
 @dataclass
 class Progress:
-    """How much of a sample was sent to its client, and when it last got a token."""
+    """When a sample last got a token, how many it had then, and how many tokens and characters its client was sent."""
 
     last_token: float
     num_output: int = 0
+    num_sent: int = 0
     num_chars: int = 0
 
 
@@ -2000,6 +2005,8 @@ class EngineThread(threading.Thread):
         self.num_prompt_tokens = self.num_failed = 0
         self.is_paused, self.delay, self.next_step = False, 0.0, 0.0  # seconds between the starts of two steps
         self.history = deque([self._computed()], SHOWN_STEPS + 1)  # after each of the last steps
+        self.unsent: dict[Request, None] = {}  # samples with tokens that their clients were not sent; a set in order
+        self.next_due, self.loop_seconds = 0.0, 0.0  # when all of them are; the loop thread's time when last they were
 
     def run(self) -> None:
         """Obey and step in turn, until the command None."""
@@ -2097,6 +2104,7 @@ class EngineThread(threading.Thread):
         """Pause or go on, take each step so many seconds after the one before, or take one now."""
         self.is_paused = self.is_paused if is_paused is None else is_paused
         self.delay = self.delay if delay is None else delay
+        self._report(())
         if step and self.llm.has_work() and not self.over:
             self._advance()
 
@@ -2112,33 +2120,42 @@ class EngineThread(threading.Thread):
         """One batch of updates for the loop; a step for two hundred clients wakes it once."""
         now, news = time.perf_counter(), []
         for request in changed:
-            job, index = self.jobs.get(request.samples[0], (None, 0))
+            job, _ = self.jobs.get(request.samples[0], (None, 0))
             if job is None or request in job.finished:  # its client has left, or another sample of it has failed
+                continue
+            self.unsent[request] = None
+            progress = job.progress.setdefault(request, Progress(job.arrived))
+            if request.num_output > progress.num_output:
+                (self.itl if progress.num_output else self.ttft).observe(now - progress.last_token)
+                progress.last_token, progress.num_output = now, request.num_output
+        are_due = self.is_paused or self.delay or now >= self.next_due  # whoever looks step by step sees every step
+        for request in list(self.unsent):
+            job, index = self.jobs.get(request.samples[0], (None, 0))
+            if job and not are_due and request.status != FINISHED and job.progress[request].num_sent:
+                continue
+            del self.unsent[request]
+            if job is None or request in job.finished:
                 continue
             try:
                 if request.error:
                     raise HTTPError(504 if request.expired else 500, request.error)
-                update = self._update(job, index + request.sample_index, request, now)
+                update = self._update(job, index + request.sample_index, request)
             except Exception as error:
                 update, self.num_failed = self._failure(error), self.num_failed + (not request.expired)
             if update:
                 news.append((job, update))
             if isinstance(update, HTTPError) or len(job.finished) == job.num_samples:
                 self.forget(job)
-        self._post(news)
+        self._post(news, are_due)
 
-    def _update(self, job, index, request, now) -> Update | None:
-        progress, is_finished = job.progress.setdefault(request, Progress(job.arrived)), request.status == FINISHED
-        sent = progress.num_output if job.stream else 0
-        if request.num_output > progress.num_output:
-            (self.itl if progress.num_output else self.ttft).observe(now - progress.last_token)
-            progress.last_token, progress.num_output = now, request.num_output
+    def _update(self, job, index, request) -> Update | None:
+        progress, is_finished = job.progress[request], request.status == FINISHED
         if is_finished:
             job.finished.add(request)
-            self.e2e.observe(now - job.arrived)
+            self.e2e.observe(progress.last_token - job.arrived)
         elif not job.stream:
             return None
-        text, logprobs = self.llm.text(request), []
+        text, logprobs, sent = self.llm.text(request), [], progress.num_sent
         if request.params.logprobs is not None:
             if sent == 0 and request.params.prompt_logprobs is not None:
                 logprobs += zip(request.tokens, request.prompt_logprobs or [None])
@@ -2146,7 +2163,7 @@ class EngineThread(threading.Thread):
             logprobs += zip(request.tokens[request.num_prompt + sent : end], request.logprobs[sent:])
         update = Update(index, text[progress.num_chars:], request.num_output - sent, logprobs, request.finish_reason,
                         is_finished and request.detokenizer.stopped)
-        progress.num_chars = len(text)
+        progress.num_sent, progress.num_chars = request.num_output, len(text)
         return update
 
     def _step(self) -> list[Request]:
@@ -2167,12 +2184,17 @@ class EngineThread(threading.Thread):
         log.error("a request failed", exc_info=error)
         return HTTPError(500, STEP_FAILED)
 
-    def _post(self, news):
+    def _post(self, news, are_all=False):
         def deliver():
             for job, item in news:
                 job.mailbox.put_nowait(item)
+            if are_all:  # whatever the loop has done since the last time, it had to do: this is how long it may rest now
+                before, self.loop_seconds = self.loop_seconds, time.thread_time()
+                self.next_due = time.perf_counter() + min(STREAM_GAP, (self.loop_seconds - before) / STREAM_SHARE)
 
         if news:
+            if are_all:
+                self.next_due = math.inf
             self.loop.call_soon_threadsafe(deliver)
 
 

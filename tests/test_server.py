@@ -8,10 +8,12 @@ import asyncio
 import contextlib
 import http.client
 import json
+import math
 import re
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import load
 import pytest
@@ -840,17 +842,23 @@ def test_who_finished_in_the_very_step_that_failed_gets_the_answer(serving, monk
     until(lambda: is_idle(llm))
 
 
-def test_a_sample_that_is_reported_twice_ends_once():
-    """A failed step reports all samples of its requests, those too that had come to their end before."""
+def streaming(llm, **body):
+    """An engine thread that was never started, a streamed job of its, and the list of what is posted to that."""
     class Loop:
         call_soon_threadsafe = staticmethod(lambda deliver: deliver())
 
-    llm, posted = make(), []
     engine = nanoserve.EngineThread(llm, Loop(), on_fatal=None)
-    job = Job({"prompt": [5, 6], "n": 2, "max_tokens": 4, "stream": True}, is_chat=False)
+    job, posted = Job({"prompt": [5, 6], "stream": True, **body}, is_chat=False), []
     job.tokenize(llm)
     job.mailbox.put_nowait = posted.append
     engine.add(job)
+    return engine, job, posted
+
+
+def test_a_sample_that_is_reported_twice_ends_once():
+    """A failed step reports all samples of its requests, those too that had come to their end before."""
+    llm = make()
+    engine, job, posted = streaming(llm, n=2, max_tokens=4)
     while llm.has_work():
         changed = llm.step()
         changed[0].samples[0].max_tokens = 2
@@ -858,6 +866,50 @@ def test_a_sample_that_is_reported_twice_ends_once():
         engine._report(job.requests[0].samples)
     assert [update.index for update in posted if update and update.finish_reason] == [0, 1]
     assert sum(engine.e2e.counts) == 2 and not engine.jobs
+
+
+def test_a_busy_loop_gets_first_tokens_and_ends_at_once_and_the_rest_when_it_has_rested():
+    """Nothing is lost, nothing is said twice, and the time between two tokens is the engine's, whenever they are sent."""
+    llm = make()
+    engine, job, posted = streaming(llm, max_tokens=8, temperature=0, ignore_eos=True, logprobs=1)
+    for step in range(8):
+        engine.next_due = 0.0 if step in (4, 5) else math.inf
+        engine._report(llm.step())
+    updates = [update for update in posted if update]
+    assert [update.num_tokens for update in updates] == [1, 4, 1, 2]
+    request = job.requests[0]
+    assert "".join(update.text for update in updates) == llm.text(request)
+    assert [token for update in updates for token, _ in update.logprobs] == request.tokens[request.num_prompt:]
+    assert (sum(engine.ttft.counts), sum(engine.itl.counts), sum(engine.e2e.counts)) == (1, 7, 1)
+    assert not engine.jobs and not engine.unsent
+
+
+def test_the_loop_rests_in_proportion_to_what_it_spent(monkeypatch):
+    seconds = iter((0.002, 0.012, 100.0))
+    monkeypatch.setattr(nanoserve.time, "thread_time", lambda: next(seconds))
+    monkeypatch.setattr(nanoserve.time, "perf_counter", lambda: 1000.0)
+    engine, rests = streaming(make(), max_tokens=5)[0], []
+    for _ in range(3):
+        engine._post([], True)
+        assert engine.next_due == (rests[-1] if rests else 0.0)  # nothing to send: nothing changes
+        engine._post([(SimpleNamespace(mailbox=asyncio.Queue()), None)], True)
+        rests.append(engine.next_due)
+    assert rests == [pytest.approx(1000 + rest) for rest in (0.002 / nanoserve.STREAM_SHARE, nanoserve.STREAM_GAP,
+                                                             nanoserve.STREAM_GAP)]
+
+
+def test_what_was_kept_back_is_sent_when_the_engine_is_paused():
+    """Nobody would send it later, and who looks step by step wants to see every step."""
+    llm = make()
+    engine, _, posted = streaming(llm, max_tokens=9, temperature=0, ignore_eos=True)
+    for _ in range(3):
+        engine._report(llm.step())
+        engine.next_due = math.inf
+    assert [update.num_tokens for update in posted if update] == [1]
+    engine.control(is_paused=True)
+    engine.next_due = math.inf
+    engine.control(step=True)
+    assert [update.num_tokens for update in posted if update] == [1, 2, 1]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal memory access was encountered"),
