@@ -56,7 +56,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from email.utils import formatdate
 from http import HTTPStatus
-from itertools import accumulate, chain, islice, pairwise, product
+from itertools import accumulate, chain, islice, pairwise, product, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +65,7 @@ import torch
 
 import kernels
 from cache import SCRATCH, BlockPool, KVCache
-from scheduler import FINISHED, POLICIES, Policy, Request, Scheduler
+from scheduler import FINISHED, POLICIES, RUNNING, Policy, Request, Scheduler
 
 # On a CPU, oneDNN and torch's layer over it compile a product for every number of rows they meet, and each keeps the last
 # 1,024 of them: hundreds of MB, and a server grows by them for hours. With the last 64 steps are as fast.
@@ -752,6 +752,8 @@ class SamplingParams:
     frequency_penalty: float = option(0.0, -100, 100)  # subtracted for each occurrence in the output
     seed: int | None = option(None, -(2**63), 2**64 - 1, int)  # None: drawn from the LLM's own
     n: int = option(1, 1, 4096, int)  # samples of the prompt
+    beam_search: bool = False  # instead of sampling: the n likeliest outputs that a search n wide finds, the best first
+    length_penalty: float = option(1.0, -10, 10)  # its outputs are compared by log-probability / length ** this
     max_tokens: int | None = option(None, 1, 2**31, int)  # None: 256, or fewer if that is what fits
     min_tokens: int = option(0, 0, 2**31, int)  # until then nothing stops the output
     stop: str | list[str] | tuple = ()  # texts that end the output and are not part of it
@@ -800,6 +802,14 @@ class SamplingParams:
             raise ValueError(f"logit_bias: must map token ids to numbers from -1e38 to 1e38, got {self.logit_bias!r}")
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise ValueError(f"logits_processor: must be a function, got {self.logits_processor!r}")
+        if not isinstance(self.beam_search, bool):
+            raise ValueError(f"beam_search: must be True or False, got {self.beam_search!r}")
+        if not self.beam_search and self.length_penalty != 1:
+            raise ValueError("length_penalty: is for beam_search")
+        for name in ("stop", "logprobs", "temperature", "top_k", "top_p", "min_p") if self.beam_search else ():
+            if getattr(self, name) != getattr(type(self), name) and (name, self.temperature) != ("temperature", 0):
+                raise ValueError(f"{name}: can not be combined with beam_search, which compares token sequences by their "
+                                 f"log-probability")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens: {self.min_tokens} is more than max_tokens={self.max_tokens}")
 
@@ -841,7 +851,7 @@ class Edits:
         for i in range(self.num_seen, len(token_ids)):
             self._take(token_ids[i], i >= self.num_prompt)
         self.num_seen = len(token_ids)
-        edits = self._copy() if drafts else self
+        edits = self.copy() if drafts else self
         for token in drafts:
             edits._take(token, True)
         n = len(edits.place)
@@ -869,7 +879,8 @@ class Edits:
             self.tokens[row], self.changes[row] = token, (0, 1, 0)
         return self.changes[self.place[token]]
 
-    def _copy(self):
+    def copy(self) -> Edits:
+        """For a second request that has got as far."""
         other = copy.copy(self)
         other.place, other.in_output = self.place.copy(), self.in_output.copy()
         other.tokens, other.changes = self.tokens.copy(), self.changes.copy()
@@ -890,6 +901,49 @@ class Output:
     prompt_token_ids: list[int]
     logprobs: list[dict[int, float]] | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
+    cumulative_logprob: float | None = None  # of all output tokens; only beam search adds it up
+
+
+class BeamSearch:
+    """The state of a beam search: its hypotheses are the samples of one request, each with blocks of its own or shared.
+
+    In every round each of them says what its next token could be, and the likeliest n of all these continuations go on;
+    a hypothesis that is ready before the others waits for them, without blocks. One that ends makes room for another, and
+    the search is over when none that goes on can still become one of the n best. Survey B v1 3.2.5.
+    """
+
+    def __init__(self, request: Request, stop_ids: frozenset):
+        self.request, self.stop_ids = request, stop_ids
+        self.scores = {request: 0.0}  # those that go on: the sum of their log-probabilities
+        self.options: dict[Request, dict[int, float]] = {}  # those that are ready: {next token: its log-probability}
+        self.ended: list[tuple[float, float, list[int], str]] = []  # best first: (rank, score, tokens, finish reason)
+
+    @property
+    def breadth(self) -> int:
+        """How many options of a hypothesis could matter."""
+        return self.request.params.n + len(self.stop_ids)
+
+    def choose(self) -> list[tuple[Request, int, float]]:
+        """End the round: (parent, next token, score) of those that go on. None: the search is over."""
+        n, power = self.request.params.n, self.request.params.length_penalty
+        length, most = next(iter(self.options)).num_output + 1, self.request.max_tokens
+        options = sorted(((self.scores[parent] + logprob, parent, token) for parent, nexts in self.options.items()
+                          for token, logprob in nexts.items() if logprob > -math.inf), key=lambda option: -option[0])
+        chosen: list[tuple[Request, int, float]] = []
+        for score, parent, token in options:
+            if len(chosen) == n:
+                break
+            if token in self.stop_ids or length == most:
+                why = "stop" if token in self.stop_ids else "length"
+                self.ended.append((score / length**power, score, parent.tokens + [token], why))
+            else:
+                chosen.append((parent, token, score))
+        self.ended = sorted(self.ended, key=lambda entry: -entry[0])[:n]
+        # A score only falls, so this is the most that a hypothesis can still come to.
+        if chosen and len(self.ended) == n and self.ended[-1][0] >= chosen[0][2] / max(length**power, most**power):
+            chosen = []
+        self.options = {}
+        return chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1041,7 +1095,7 @@ class DraftModel:
             self.num_passes += 1
             samplers = [(request, request.sample_index, len(request.drafts)) for _, request in rows]
             spans = []
-            for (request, *_), token in zip(samplers, llm.draw(samplers, logits)):
+            for (request, *_), token in zip(samplers, llm.draw(samplers, llm._edit(samplers, logits))):
                 if token >= 0:  # else its logits make no sense, and the target goes on without it
                     request.drafts.append(token)
                     end = len(request.tokens) + len(request.drafts)
@@ -1301,8 +1355,8 @@ class LLM:
         """The text of one completion, piece by piece as it comes, until its deadline if it has one. Leaving the loop early
         aborts the request. ValueError if it can not be served, or fails on the way.
         """
-        if params and params.n > 1:
-            raise ValueError(f"n: a stream is one sample, got n={params.n}")
+        if params and (params.n > 1 or params.beam_search):
+            raise ValueError(f"n: a stream is one sample, got n={params.n}, beam_search={params.beam_search}")
         request, shown = self.add_request(prompt, params), 0
         try:
             while True:  # others may step, and finish this request, while we wait at the yield
@@ -1350,6 +1404,8 @@ class LLM:
                           reuse_prefix=params.prompt_logprobs is None, params=params, tenant=tenant,
                           ttft_target=params.ttft_target, itl_target=params.itl_target, deadline=params.deadline)
         request.seed = self._random.getrandbits(64) if params.seed is None else params.seed % 2**64
+        if params.beam_search:
+            request.search = BeamSearch(request, self._stop_ids(params))
         if self.drafter:
             self._adapt(request, 0, 0)
         return self.scheduler.add(request)
@@ -1370,7 +1426,7 @@ class LLM:
 
     def abort(self, request: Request) -> None:
         """End a request, and all its samples if it is the one `add_request` returned; its blocks are free at once."""
-        for sample in request.samples if request is request.samples[0] else [request]:
+        for sample in request.samples if request is request.samples[0] or request.search else [request]:
             if sample.status != FINISHED:
                 self.scheduler.finish(sample, "abort")
                 self.counts["aborted"] += 1
@@ -1463,7 +1519,8 @@ class LLM:
     def _adapt(self, request, accepted, tried):
         """Learn from how many of the drafts tried came true how many to try next. Without any tried, hope slowly returns."""
         request.acceptance += (accepted - tried * request.acceptance) / 8 if tried else (1 - request.acceptance) / 512
-        request.max_drafts = draft_length(round(request.acceptance, 2), self.draft_cost, self.num_drafts)
+        if not request.search:
+            request.max_drafts = draft_length(round(request.acceptance, 2), self.draft_cost, self.num_drafts)
 
     def pack(self, plan: list[tuple[Request, int]]
              ) -> tuple[Batch, list[tuple[Request, int, int]], list[tuple[Request, int]]]:
@@ -1523,18 +1580,23 @@ class LLM:
     def sample(self, samplers: list[tuple[Request, int, int]], logits: torch.Tensor
                ) -> tuple[list[int], list[dict | None]]:
         """For row i of logits [S, V], which belongs to samplers[i] as `draw` has them: the next token, and the
-        log-probabilities asked for.
+        log-probabilities asked for. In a beam search those of its options, after all edits; the token means nothing.
         """
         logprobs: list[dict | None] = [None] * len(samplers)
         asked = [i for i, (request, _, _) in enumerate(samplers) if request.params.logprobs is not None]
         raw = logits[asked].float().log_softmax(-1) if asked else ()
+        logits = self._edit(samplers, logits)
         tokens = self.draw(samplers, logits)
         for i, row in zip(asked, raw):
             logprobs[i] = top_logprobs(row, tokens[i], samplers[i][0].params.logprobs)
+        for i, (request, _, _) in enumerate(samplers):
+            if request.search:
+                row = logits[i].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+                logprobs[i] = top_logprobs(row, tokens[i], request.search.breadth)
         return tokens, logprobs
 
     def draw(self, samplers: list[tuple[Request, int, int]], logits: torch.Tensor) -> list[int]:
-        """A token for each row of logits [S, V]; -1 where the logits make no sense (NaN, or nothing left to choose).
+        """A token for each row of edited logits [S, V]; -1 where they make no sense (NaN, or nothing left to choose).
 
         Row i belongs to samplers[i]: a request, which of its samples, and how many of its drafts stand before the token.
         Whether those drafts are true or not, the token is what would be sampled if they were.
@@ -1542,7 +1604,6 @@ class LLM:
         if not samplers:
             return []
         params = [request.params for request, _, _ in samplers]
-        logits = self._edit(samplers, logits)
         noise = kernels.uniform_noise(np.array([request.seed for request, _, _ in samplers], dtype=np.uint64),
                                       np.array([request.num_output + j + (i << 32) for request, i, j in samplers]))
 
@@ -1595,11 +1656,54 @@ class LLM:
             self.counts["prompt_tokens"] += min(n, max(0, request.num_prompt - request.num_computed))
             if self.scheduler.advance(request, n - len(drafts)):
                 for sample in self.scheduler.fork(request):
-                    self._append(sample, *next(results))
-                    sampled.append(sample)
+                    token, more = next(results)
+                    if not sample.search or token < 0:
+                        self._append(sample, token, more)
+                    elif sample in sample.search.scores:
+                        sample.search.options[sample] = more
+                    if not sample.search:
+                        sampled.append(sample)
                 if drafts:
                     self._verify(request, drafts.copy(), list(islice(results, len(drafts))))
+        for search in dict.fromkeys(request.search for request, _ in plan if request.search):
+            sampled += self._go_on(search)
         return sampled
+
+    def _go_on(self, search: BeamSearch) -> list[Request]:
+        """End a round of a beam search if all its hypotheses are ready. Returns the samples if that changed them."""
+        samples = search.request.samples
+        if failed := next((sample for sample in samples if sample.error), None):
+            for sample in samples:
+                sample.error = failed.error
+            self.abort(search.request)
+        elif len(search.options) < len(search.scores):
+            for sample in search.options:
+                if sample.status == RUNNING:
+                    self.scheduler.park(sample)
+            return []
+        elif chosen := search.choose():
+            samples = sorted(samples, key=lambda sample: sample.status != RUNNING)  # who has a place keeps it
+            edits = [parent.edits and parent.edits.copy() for parent, _, _ in chosen]
+            self.scheduler.branch(samples, *list(zip(*chosen))[:2])
+            self.counts["output_tokens"] += len(chosen)
+            for sample, own in zip(samples, edits):
+                sample.edits = own
+            search.scores = {sample: score for sample, (_, _, score) in zip(samples, chosen)}
+            for sample in samples[len(chosen):]:
+                if sample.status == RUNNING:
+                    self.scheduler.park(sample)
+        else:
+            self._end_search(search)
+        return samples
+
+    def _end_search(self, search):
+        """Give the samples what the search has found, the best one first. It may have found fewer than n."""
+        for sample, found in zip_longest(search.request.samples, search.ended):
+            _, sample.cumulative_logprob, sample.tokens, reason = found or (
+                0, -math.inf, sample.tokens[: sample.num_prompt], "abort")
+            sample.ended_by_token = reason == "stop"
+            self.scheduler.finish(sample, reason)
+            self.counts["finished" if found else "aborted"] += 1
 
     def _verify(self, request, drafts, results):
         """Append what was sampled after each draft, as long as the drafts are what was sampled before them."""
@@ -1676,7 +1780,8 @@ class LLM:
         return Output(self.text(request), request.tokens[request.num_prompt:], request.finish_reason,
                       request.tokens[: request.num_prompt],
                       request.logprobs if request.params.logprobs is not None else None,
-                      None if request.params.prompt_logprobs is None else request.prompt_logprobs or [None])
+                      None if request.params.prompt_logprobs is None else request.prompt_logprobs or [None],
+                      request.cumulative_logprob)
 
 
 def top_logprobs(row: torch.Tensor, chosen: int, k: int) -> dict[int, float]:
@@ -1765,7 +1870,8 @@ SHOWN_STEPS, SHOWN_WAITING = 120, 32  # in each of them
 CACHED_BLOCK, SHARED_BLOCK, SCRATCH_BLOCK = -1, -2, -3  # 0 is a free one, i the i-th running request's
 STEP_FAILED = "the step that computed this request failed; the server's log says why"
 
-SAMPLING_FIELDS = {f.name for f in fields(SamplingParams)} - {"prompt_logprobs", "logits_processor"}
+SAMPLING_FIELDS = {f.name for f in fields(SamplingParams)} - {"prompt_logprobs", "logits_processor", "beam_search",
+                                                              "length_penalty"}
 COMMON_FIELDS = SAMPLING_FIELDS | {"model", "stream", "stream_options", "priority", "cache_salt", "user"}
 COMPLETION_FIELDS = COMMON_FIELDS | {"prompt", "echo"}
 CHAT_FIELDS = COMMON_FIELDS | {"messages", "top_logprobs", "max_completion_tokens"}

@@ -43,6 +43,7 @@ from itertools import count
 from cache import BlockPool
 
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
+PARKED = "parked"  # in neither queue and without blocks, until `branch` gives it new tokens
 
 
 class Request:
@@ -84,6 +85,8 @@ class Request:
         self.expired = False  # its deadline ended it
         # The engine's:
         self.samples = [self]  # the requests this one was forked into, itself first
+        self.search = None  # the beam search whose hypotheses they are
+        self.cumulative_logprob: float | None = None  # what that ended with
         self.sample_index = 0
         self.seed = 0
         self.acceptance = 0.75  # share of its drafts that come true, a guess until some have been tried
@@ -446,6 +449,29 @@ class Scheduler:
             request.samples.append(child)  # one list, shared by all of them
         return request.samples if width > 1 else [request]
 
+    def park(self, request: Request) -> None:
+        """Take the blocks and the place of a running request that has nothing to do until others have caught up."""
+        self.running.remove(request)
+        self.pool.release(request.block_table)
+        request.num_computed, request.status = 0, PARKED
+
+    def branch(self, requests: list[Request], parents: list[Request], tokens: list[int]) -> None:
+        """Let requests[i] go on as what parents[i], one of its samples too, is now, followed by tokens[i]; all at once.
+
+        It shares its parent's blocks, like a fork. One that is parked, or has a parked parent, queues to get blocks again.
+        """
+        states = [(parent.tokens + [token], parent.num_computed, self.pool.fork(parent.block_table))
+                  for parent, token in zip(parents, tokens)]
+        for request, state in zip(requests, states):
+            self.pool.release(request.block_table)
+            request.tokens, request.num_computed, request.block_table = state
+            if request.status == PARKED or not request.block_table:
+                if request.status == RUNNING:
+                    self.park(request)
+                self.pool.release(request.block_table)
+                request.num_computed = 0
+                self._enqueue(request)
+
     def preempt(self, request: Request) -> None:
         """Take a running request's blocks away and queue it again. Its tokens stay; their K and V are swapped to the host
         if there is room and that is cheaper, or else computed again.
@@ -470,7 +496,7 @@ class Scheduler:
         if status == RUNNING:
             self.running.remove(request)
             self.pool.release(request.block_table)
-        else:
+        elif status == WAITING:
             self.num_swap_freed += len(request.host_slots)
             self.pool.free_slots += request.host_slots
             request.host_slots = []

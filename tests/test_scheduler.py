@@ -982,3 +982,37 @@ def test_goodput_counts_those_within_all_their_targets(targets, gaps, good):
     s.add(Request([1], 1, ttft_target=100))
     s.finish(s.waiting[0], "abort")
     assert (s.num_with_targets, s.num_in_time) == (2, good)
+
+
+def test_branching_shares_the_blocks_of_parents_that_have_them():
+    """All at once; who is parked, or has a parked parent, queues. Later they find what they had in the prefix index."""
+    s = make(blocks=20, size=4, budget=40, requests=4)
+    request = s.add(Request(tokens(9), 8, width=3))
+    step(s)  # token 7 for each of the three
+    a, b, c = request.samples
+    for sample, token in ((a, 1), (b, 2), (c, 3)):
+        sample.tokens[-1] = token
+    for sample, n in s.schedule():
+        assert n == 1 and s.advance(sample, n)
+    s.pool.take_copies()
+    table = a.block_table.copy()
+    s.park(c)
+    assert c.status == "parked" and not c.block_table and c.num_computed == 0 and c not in s.running
+    s.check()
+    s.branch([a, b, c], [b, a, a], [11, 12, 13])
+    s.check()
+    assert [r.tokens[9:] for r in (a, b, c)] == [[2, 11], [1, 12], [1, 13]] and b.block_table == table
+    assert [(r.status, r.num_computed) for r in (a, b, c)] == [("running", 10), ("running", 10), ("waiting", 0)]
+    s.finish(c, "abort")
+    s.park(b)
+    s.branch([a, b], [b, a], [21, 22])
+    s.check()
+    assert [(r.status, r.num_computed, r.tokens[9:]) for r in (a, b)] == [("waiting", 0, [1, 12, 21]),
+                                                                          ("waiting", 0, [2, 11, 22])]
+    assert s.pool.num_free == 20
+    assert step(s) == {a: 4, b: 4} and s.num_hit_tokens == 16
+    s.park(a)
+    s.finish(a, "abort")
+    s.finish(b, "abort")
+    s.check()
+    assert not s.has_work() and s.pool.num_free == 20
