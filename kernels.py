@@ -397,11 +397,12 @@ def rope_and_write_kv(qkv: torch.Tensor, num_heads: int, positions: torch.Tensor
     a view of qkv.
     """
     block_size, kv_heads, head_dim = k_cache.shape[1:]
-    cpp, cuda = compiled(qkv, q_norm, k_norm, *(() if scales else (k_cache, v_cache)))
+    cpp, cuda = compiled(qkv, q_norm, k_norm, cache=k_cache)
     if (cpp or cuda) and qkv.is_contiguous():
         tensors = qkv, positions, slots, table, q_norm, k_norm, k_cache, v_cache, *(scales or (None, None))
         if cpp:
-            cpp("rope_and_write_kv", *tensors, len(qkv), num_heads, kv_heads, head_dim, block_size, eps)
+            cache_bits = 8 * k_cache.itemsize
+            cpp("rope_and_write_kv", *tensors, len(qkv), num_heads, kv_heads, head_dim, block_size, cache_bits, eps)
         else:
             heads = num_heads + 2 * kv_heads
             cuda("rope_and_write_kv", (len(qkv), -(-heads // 4)), 128, *tensors, num_heads, kv_heads, block_size, float(eps),
@@ -453,14 +454,14 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
     """
     T, num_heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
-    cpp, cuda = compiled(q, *(() if scales else (k_cache, v_cache)))
+    cpp, cuda = compiled(q, cache=k_cache)
     if (cpp or cuda) and q.stride()[1:] == (head_dim, 1):
         caches = k_cache, v_cache, *(scales or (None, None))
         tables = [t.to(torch.int32).contiguous() for t in (block_tables, context_lens, query_start)]
         if cpp:
             out = q.new_empty(T, num_heads, head_dim)
             cpp("paged_attention", q, *caches, *tables, out, len(context_lens), block_tables.shape[1], block_size,
-                num_heads, kv_heads, head_dim, q.stride(0), window, scale)
+                num_heads, kv_heads, head_dim, q.stride(0), window, 8 * k_cache.itemsize, scale)
             return out
         if head_dim % 16 == 0:
             return _paged_attention_cuda(cuda, q, *caches, *tables, scale, window)
@@ -612,18 +613,21 @@ def uniform_noise(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def compiled(*tensors: torch.Tensor | None) -> tuple[CppLibrary | None, CudaKernels | None]:
+def compiled(*tensors: torch.Tensor | None, cache: torch.Tensor | None = None
+             ) -> tuple[CppLibrary | None, CudaKernels | None]:
     """The compiled bodies for an operation on these tensors, (C++, CUDA): one of the two, or neither.
 
-    They take tensors of one dtype: float32 or bfloat16 on the CPU, these or float16 on a GPU.
+    They take tensors of one dtype: float32 or bfloat16 on the CPU, these or float16 on a GPU. A KV cache may also be int8,
+    and on the CPU bfloat16.
     """
     dtype, device = tensors[0].dtype, tensors[0].device
+    fits = cache is None or cache.dtype in (dtype, torch.int8)
     if all(t is None or t.dtype == dtype for t in tensors):
-        if cuda_on_cpu and dtype in _CUDA_ELEMENTS:
+        if cuda_on_cpu and fits and dtype in _CUDA_ELEMENTS:
             return None, cuda_on_cpu(dtype)
-        if device.type == "cpu" and use_cpp and dtype in _ELEMENTS:
+        if device.type == "cpu" and use_cpp and dtype in _ELEMENTS and (fits or cache.dtype == torch.bfloat16):
             return cpp_library(dtype), None
-        if device.type == "cuda" and dtype in _CUDA_ELEMENTS:
+        if device.type == "cuda" and fits and dtype in _CUDA_ELEMENTS:
             return None, cuda_kernels(device, dtype)
     return None, None
 
@@ -647,8 +651,8 @@ class CppLibrary:
     signatures = {
         "add_norm": [_P] * 6 + [_I] * 2 + [_F],
         "silu_mul": [_P] * 2 + [_I] * 2,
-        "rope_and_write_kv": [_P] * 10 + [_I] * 5 + [_F],
-        "paged_attention": [_P] * 9 + [_I] * 8 + [_F],
+        "rope_and_write_kv": [_P] * 10 + [_I] * 6 + [_F],
+        "paged_attention": [_P] * 9 + [_I] * 9 + [_F],
         "panel_linear": [_P] * 5 + [_I] * 6,
         "sample": [_P] * 7 + [_I] * 3,
         "multiplies_pairs": [],
@@ -871,7 +875,7 @@ static void quantize(const float* x, int64_t D, int8_t* codes, bf16* scale) {
 extern "C" void rope_and_write_kv(T* qkv, const int64_t* positions, const int64_t* slots, const float* table,
                                   const T* q_norm, const T* k_norm, void* k_cache, void* v_cache, bf16* k_scales,
                                   bf16* v_scales, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t D,
-                                  int64_t block_size, float eps) {
+                                  int64_t block_size, int64_t cache_bits, float eps) {
     int64_t width = (heads + 2 * kv_heads) * D, half = D / 2;
     #pragma omp parallel if (tokens * width > BIG)
     {
@@ -910,12 +914,16 @@ extern "C" void rope_and_write_kv(T* qkv, const int64_t* positions, const int64_
                 } else if (k_scales) {
                     rotate(wide);
                     quantize(wide, D, (int8_t*)k_cache + place, k_scales + first_scale + (h - heads) * block_size);
+                } else if (cache_bits == 16) {
+                    rotate((bf16*)k_cache + place);
                 } else {
                     rotate((T*)k_cache + place);
                 }
             }
             const T* v = qkv + t * width + (heads + kv_heads) * D;
-            if (!v_scales) std::copy(v, v + kv_heads * D, (T*)v_cache + slots[t] * kv_heads * D);
+            int64_t row = slots[t] * kv_heads * D;
+            if (cache_bits == 8 * sizeof(T)) std::copy(v, v + kv_heads * D, (T*)v_cache + row);
+            else if (!v_scales) for (int64_t d = 0; d < kv_heads * D; d++) put((bf16*)v_cache + row + d, to_float(v[d]));
             else for (int64_t h = 0; h < kv_heads; h++) {
                 for (int64_t d = 0; d < D; d++) wide[d] = to_float(v[h * D + d]);
                 quantize(wide, D, (int8_t*)v_cache + (slots[t] * kv_heads + h) * D, v_scales + first_scale + h * block_size);
@@ -1195,7 +1203,7 @@ extern "C" void sample(const T* logits, const float* temperature, const int64_t*
 
 // ---- Attention over the paged cache. The rows of a task are (query, head) pairs. Online softmax (arXiv:1805.02867): m is
 // the largest score of a row so far, l the sum of exp(score - m), acc the values weighted likewise; a larger score
-// rescales both. KEYS positions are looked at in one go. C is what the cache holds: T, or int8_t with scales.
+// rescales both. KEYS positions are looked at in one go. C is what the cache holds: T, bf16, or int8_t with scales.
 constexpr int KEYS = 32;
 constexpr int ROWS = 64;  // rows of one task, at most, unless a single query has more heads
 constexpr int FEW = 8;    // rows that share a key/value head, from which on arithmetic and not memory is the limit
@@ -1393,12 +1401,15 @@ static void attend(const T* q, const C* k_cache, const C* v_cache, const bf16* k
 extern "C" void paged_attention(const T* q, const void* k_cache, const void* v_cache, const bf16* k_scales,
                                 const bf16* v_scales, const int32_t* block_tables, const int32_t* context_lens,
                                 const int32_t* query_start, T* out, int64_t B, int64_t M, int64_t block_size,
-                                int64_t heads, int64_t kv_heads, int64_t D, int64_t q_stride, int64_t window, float scale) {
+                                int64_t heads, int64_t kv_heads, int64_t D, int64_t q_stride, int64_t window,
+                                int64_t cache_bits, float scale) {
     auto run = [&](auto* k, auto* v) {
         attend(q, k, v, k_scales, v_scales, block_tables, context_lens, query_start, out, B, M, block_size, heads, kv_heads,
                D, q_stride, window, scale);
     };
-    if (k_scales) run((const int8_t*)k_cache, (const int8_t*)v_cache); else run((const T*)k_cache, (const T*)v_cache);
+    if (cache_bits == 8) run((const int8_t*)k_cache, (const int8_t*)v_cache);
+    else if (cache_bits == 16) run((const bf16*)k_cache, (const bf16*)v_cache);
+    else run((const T*)k_cache, (const T*)v_cache);
 }
 """
 

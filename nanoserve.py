@@ -76,7 +76,7 @@ log = logging.getLogger("nanoserve")
 DEFAULT_MODEL = Path(__file__).parent / "tutorial" / "model"
 DEFAULT_DRAFT = Path(__file__).parent / "tutorial" / "draft"
 LOW_BITS = {"int8": 8, "int4": 4}  # what weights can be quantized to: one scale per output; one per 32 inputs of it
-KV_DTYPES = ("auto", "int8")
+KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "int8": torch.int8}  # None: as the model computes
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -1118,7 +1118,7 @@ class LLM:
     model: a folder in Hugging Face format, a name on its hub, a GPT, or None for the small model in tutorial/
     device: "auto" (CUDA where there is one, else the CPU), "cuda", "cpu", "mps"; dtype: "auto" or a name in DTYPES
     quantize: None, "int8" or "int4": round weights to so many bits while loading (not embeddings, norms and routers)
-    kv_dtype: "auto" (as the model computes) or "int8" (keys and values rounded to 8 bits: about twice as many tokens fit)
+    kv_dtype: "auto" (as the model computes), "bfloat16" or "int8": keys and values rounded to fewer bits, so that more fit
     kv_memory: bytes for the KV cache, or a fraction of the free memory below 1; None: 0.85 on a GPU, 1 GiB elsewhere
     max_batch_tokens: the token budget of a step; max_batch_requests: how many requests run at once (256, or the budget)
     policy: "fcfs", "priority", "shortest", "mlfq", "fair", a scheduler.Policy, or a function of a Request whose smallest
@@ -1142,7 +1142,7 @@ class LLM:
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
         if kv_dtype not in KV_DTYPES:
-            raise ValueError(f"kv_dtype: must be {' or '.join(KV_DTYPES)}, got {kv_dtype!r}")
+            raise ValueError(f"kv_dtype: must be one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
         folder = None if isinstance(model, GPT) else find_model(model)
         config = ModelConfig.from_dict(read_json(folder / "config.json")) if folder else model.config
         longest = config.max_len if folder else model.max_len
@@ -1164,7 +1164,9 @@ class LLM:
             raise ValueError(f"num_drafts: {num_drafts} was given without a draft")
         self.num_drafts, self.drafter = num_drafts or 8, self._pick_drafter(draft, folder)
         models = [self.model, self.drafter] if isinstance(self.drafter, GPT) else [self.model]
-        kv_dtype = torch.int8 if kv_dtype == "int8" else None  # None: as the model computes
+        kv_dtype = KV_DTYPES[kv_dtype]
+        if kv_dtype is torch.bfloat16 and self.device.type == "cuda" and self.model.dtype is not torch.bfloat16:
+            raise ValueError(f"kv_dtype: on a GPU bfloat16 needs a model in bfloat16, not {str(self.model.dtype)[6:]}")
         block_bytes = sum(KVCache.bytes_per_block(c.num_layers, block_size, c.num_kv_heads, c.head_dim,
                                                   (kv_dtype or m.dtype).itemsize) for m in models for c in (m.config,))
         num_blocks = self._num_blocks(block_bytes, kv_memory, block_size, max_batch_requests)
@@ -1309,8 +1311,9 @@ class LLM:
         device += f" ({threads}{'C++' if cpp else 'CUDA C++' if cuda else 'PyTorch'} kernels{graphs})"
         dtype = (f"{self.model.quantize} weights, " if self.model.quantize else "") + str(self.model.dtype)[6:]
         host = f" and {self.pool.num_host_slots:,} on the host" if self.pool.num_host_slots else ""
+        kv = "" if self.cache.data.dtype == self.model.dtype else f"{self.cache.data.dtype} "[6:]
         return (f"{c.family}, {self.model.num_parameters / 1e6:,.1f}M parameters, {dtype} on {device}, "
-                f"{self.pool.num_usable:,} {'' if self.cache.scales is None else 'int8 '}KV blocks of "
+                f"{self.pool.num_usable:,} {kv}KV blocks of "
                 f"{self.pool.block_size} tokens ({gib:.2f} GiB){host}, at most "
                 f"{self.scheduler.max_batch_requests} requests and {self.scheduler.max_batch_tokens} tokens a step{drafts}")
 
@@ -3260,7 +3263,7 @@ def parser_for(command: str) -> argparse.ArgumentParser:
     engine.add_argument("--device", default="auto", help="cpu, cuda or mps; otherwise the best there is")
     engine.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPES)}; otherwise what suits model and device")
     engine.add_argument("--quantize", choices=LOW_BITS, help="round the weights to 8 or 4 bits while loading")
-    engine.add_argument("--kv-dtype", default="auto", choices=KV_DTYPES, help="int8: about twice the tokens in its memory")
+    engine.add_argument("--kv-dtype", default="auto", choices=KV_DTYPES, help="fewer bits for keys and values: more fit")
     engine.add_argument("--kv-memory", type=parse_memory, help="of the KV cache: 512MiB, 2GB, or a fraction of what is free")
     engine.add_argument("--swap-memory", type=parse_memory, default=0, help="main memory for preempted requests' blocks (0)")
     engine.add_argument("--max-batch-tokens", type=int, help="token budget of a step")

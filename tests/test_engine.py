@@ -45,7 +45,7 @@ def engine(blocks: int = 200, *, model: GPT | None = None, tokenizer: str = "", 
     """An LLM over the toy, with at most so many blocks of four tokens."""
     model = model or (toy(400) if tokenizer else toy())
     c, size = model.config, options.setdefault("block_size", 4)
-    entry = 1 if options.get("kv_dtype") == "int8" else model.dtype.itemsize
+    entry = {"int8": 1, "bfloat16": 2}.get(options.get("kv_dtype"), model.dtype.itemsize)
     block = KVCache.bytes_per_block(c.num_layers, size, c.num_kv_heads, c.head_dim, entry)
     llm = LLM(model, kv_memory=(blocks + 1) * block, **{"max_batch_tokens": 64, "max_batch_requests": 16, **options})
     # What was never written must never be read.
@@ -120,6 +120,15 @@ class SlowInt8(Slow):
     """Over an int8 cache a token sees itself and all before it rounded, however they got there."""
 
     kv_dtype = torch.int8
+
+
+class SlowBfloat16(Slow):
+    """The same with another rounding."""
+
+    kv_dtype = torch.bfloat16
+
+
+SLOW = {"auto": Slow, "bfloat16": SlowBfloat16, "int8": SlowInt8}
 
 
 def tokens_of(outputs: list[Output]) -> list[list[int]]:
@@ -199,7 +208,7 @@ CROWD = [([5, 6, 7], GREEDY),
          (list(range(20)), SamplingParams(temperature=2.0, seed=2**64 - 1, presence_penalty=3.0, n=2, max_tokens=7))]
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("kv_dtype", SLOW)
 @pytest.mark.parametrize("circumstance", ["roomy", "alone", "tiny pool", "budget of three", "no prefix cache",
                                           "warm prefix cache", "reversed", "big blocks", "shortest first"])
 def test_tokens_do_not_depend_on_circumstances(circumstance, kv_dtype):
@@ -214,7 +223,7 @@ def test_tokens_do_not_depend_on_circumstances(circumstance, kv_dtype):
         outputs = [output for prompt, p in crowd for output in llm.generate([prompt], p)]
     else:
         outputs = finish(llm, *[llm.add_request(*each) for each in crowd])
-    assert tokens_of(outputs) == expected(prompts, params, Slow if kv_dtype == "auto" else SlowInt8)
+    assert tokens_of(outputs) == expected(prompts, params, SLOW[kv_dtype])
     assert all(output.finish_reason == "length" for output in outputs)
     stats = llm.stats()
     assert (stats["preemptions"] > 0) == (circumstance == "tiny pool")
@@ -610,7 +619,7 @@ def test_what_just_fits_is_served():
     ({"kv_memory": 1000}, "kv_memory.*1000"), ({"kv_memory": -1}, "kv_memory"), ({"kv_memory": True}, "kv_memory"),
     ({"policy": "random"}, "policy.*random"), ({"max_batch_requests": 0}, "max_batch_requests.*0"),
     ({"max_batch_tokens": 4, "max_batch_requests": 8}, "max_batch_requests.*4.*8"),
-    ({"block_size": 0}, "block_size.*0"), ({"kv_dtype": "fp8"}, "kv_dtype: must be auto or int8, got 'fp8'"),
+    ({"block_size": 0}, "block_size.*0"), ({"kv_dtype": "fp8"}, "kv_dtype: must be one of auto, bfloat16, int8, got 'fp8'"),
     ({"swap_memory": -1}, "swap_memory.*-1"),
     ({"swap_memory": 0.5}, "swap_memory.*0.5"), ({"swap_memory": math.inf}, "swap_memory.*inf")], ids=str)
 def test_impossible_engines_are_refused(options, message):

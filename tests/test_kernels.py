@@ -295,6 +295,35 @@ def test_rope_and_write_kv(body, D, rotary, norm):
         assert flat[others].isnan().all()
 
 
+@pytest.mark.parametrize("case", range(6))
+def test_attention_of_float32_over_a_bfloat16_cache(case, monkeypatch):
+    """In C++, and as it is defined: what is compared with sees the rounded keys and values."""
+    rng = random.Random(200 + case)
+    lengths = [1, rng.randint(2, 30), rng.randint(33, 90)]
+    news = [rng.choice((1, n, rng.randint(1, n))) for n in lengths]
+    group = (1, 2, 8)[case % 3]
+    batch = Ragged(case, F32, lengths, news, 2 * group, 2, (64, 24, 128)[case // 2], (4, 16)[case % 2], (0, 5)[case % 2])
+    batch.k, batch.v = batch.k.to(BF16), batch.v.to(BF16)
+    batch.keys, batch.values = ([x.to(BF16).double() for x in kept] for kept in (batch.keys, batch.values))
+    for cpp in (True, False):
+        monkeypatch.setattr(kernels, "use_cpp", cpp)
+        close(batch.run(), batch.expected())
+
+
+@pytest.mark.parametrize("cpp", [True, False], ids=["C++", "PyTorch"])
+def test_writing_float32_into_a_bfloat16_cache(cpp, monkeypatch):
+    """It is what a float32 cache would hold, rounded."""
+    monkeypatch.setattr(kernels, "use_cpp", cpp)
+    slots = torch.randperm(20, generator=torch.Generator().manual_seed(2))[:9]
+    table, found = kernels.rope_table({"rope_theta": 100.0}, 24, 50, "cpu"), []
+    for dtype in (F32, BF16):
+        qkv = randn(1, 9, (3 + 2 * 3) * 24, dtype=F32)
+        caches = [torch.full((5, 4, 3, 24), 99, dtype=dtype) for _ in "kv"]
+        q = kernels.rope_and_write_kv(qkv, 3, slots, slots, table, None, None, 1e-6, *caches)
+        found.append([q, *(cache.to(BF16) for cache in caches)])
+    assert all(torch.equal(*pair) for pair in zip(*found))
+
+
 @every_body
 @pytest.mark.parametrize("norm", [False, True], ids=["", "normed"])
 @pytest.mark.parametrize("D", [24, 80])
