@@ -915,7 +915,8 @@ class BeamSearch:
     def __init__(self, request: Request, stop_ids: frozenset):
         self.request, self.stop_ids = request, stop_ids
         self.scores = {request: 0.0}  # those that go on: the sum of their log-probabilities
-        self.options: dict[Request, dict[int, float]] = {}  # those that are ready: {next token: its log-probability}
+        # Those that are ready: {next token: its log-probability}, or None if their logits make no sense.
+        self.options: dict[Request, dict[int, float] | None] = {}
         self.ended: list[tuple[float, float, list[int], str]] = []  # best first: (rank, score, tokens, finish reason)
 
     @property
@@ -1593,7 +1594,7 @@ class LLM:
         for i, row in zip(asked, raw):
             logprobs[i] = top_logprobs(row, tokens[i], samplers[i][0].params.logprobs)
         for i, (request, _, _) in enumerate(samplers):
-            if request.search:
+            if request.search and tokens[i] >= 0:
                 row = logits[i].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
                 logprobs[i] = top_logprobs(row, tokens[i], request.search.breadth)
         return tokens, logprobs
@@ -1660,12 +1661,11 @@ class LLM:
             if self.scheduler.advance(request, n - len(drafts)):
                 for sample in self.scheduler.fork(request):
                     token, more = next(results)
-                    if not sample.search or token < 0:
+                    if sample.search is None:
                         self._append(sample, token, more)
+                        sampled.append(sample)
                     elif sample in sample.search.scores:
                         sample.search.options[sample] = more
-                    if not sample.search:
-                        sampled.append(sample)
                 if drafts:
                     self._verify(request, drafts.copy(), list(islice(results, len(drafts))))
         for search in dict.fromkeys(request.search for request, _ in plan if request.search):
@@ -1675,7 +1675,8 @@ class LLM:
     def _go_on(self, search: BeamSearch) -> list[Request]:
         """End a round of a beam search if all its hypotheses are ready. Returns the samples if that changed them."""
         samples = search.request.samples
-        if failed := next((sample for sample in samples if sample.error), None):
+        if failed := next((sample for sample, options in search.options.items() if options is None), None):
+            self._append(failed, -1, None)
             for sample in samples:
                 sample.error = failed.error
             self.abort(search.request)
