@@ -1113,6 +1113,24 @@ def draft_length(acceptance: float, cost: float, most: int) -> int:
     return max(range(most + 1), key=lambda k: sum(acceptance**i for i in range(k + 1)) / (1 + k * cost))
 
 
+class Stopwatch:
+    """Seconds by part of something that happens again and again."""
+
+    def __init__(self, *parts: str):
+        self.seconds = dict.fromkeys(parts, 0.0)
+        self.last = 0.0
+
+    def start(self) -> None:
+        """The first part begins now."""
+        self.last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """`part` ends now, and the next one begins."""
+        now = time.perf_counter()
+        self.seconds[part] += now - self.last
+        self.last = now
+
+
 class LLM:
     """A model, its cache and its queue. `generate` and `stream` are loops around `step`.
 
@@ -1187,6 +1205,7 @@ class LLM:
         self._set_up_drafts(graphs)
         self._random = random.Random(seed)
         self._plan: list[tuple[Request, int]] = []  # of the step under way, or the last one
+        self.watch = Stopwatch("schedule", "pack", "launch", "wait", "commit")
         self.counts = dict.fromkeys(("steps", "forward_passes", "computed_tokens", "prompt_tokens", "output_tokens",
                                       "finished", "aborted", "drafted", "accepted", "saved_steps"), 0)
         if num_slots:
@@ -1439,8 +1458,8 @@ class LLM:
         """Whether a step would do anything."""
         return self.scheduler.has_work()
 
-    def stats(self) -> dict[str, int]:
-        """Exact counters since the start, and the state of queue and pool now.
+    def stats(self) -> dict[str, int | float]:
+        """Exact counters since the start, where the time went, and the state of queue and pool now.
 
         steps, forward_passes · computed_tokens: rows that went through the model; prompt_tokens: those of them that
         belong to prompts; output_tokens: generated; hit_tokens: found in the prefix cache instead of computed ·
@@ -1448,15 +1467,17 @@ class LLM:
         in a step, each of which would have taken it another; draft_passes: forward passes of a draft model ·
         preemptions, finished, aborted · with_targets: samples that had targets or a deadline and ended, goodput: those of
         them that finished and missed none · blocks_swapped_out, blocks_swapped_in, blocks_swap_freed: those whose copies on
-        the host were not needed · waiting, running · blocks_used, blocks_cached (free, but matching a prefix), blocks_free.
+        the host were not needed · waiting, running · blocks_used, blocks_cached (free, but matching a prefix), blocks_free ·
+        schedule_seconds, pack_seconds, launch_seconds, wait_seconds, commit_seconds: of the parts of a step, one after the
+        other. A CPU computes the model in "launch"; for a GPU, which only then begins, the host is idle in "wait".
         """
-        return {**self.counts, "draft_passes": getattr(self.drafter, "num_passes", 0),
-                "hit_tokens": self.scheduler.num_hit_tokens,
-                "preemptions": self.scheduler.num_preemptions, "with_targets": self.scheduler.num_with_targets,
-                "goodput": self.scheduler.num_in_time, "blocks_swapped_out": self.scheduler.num_swapped_out,
-                "blocks_swapped_in": self.scheduler.num_swapped_in,
-                "blocks_swap_freed": self.scheduler.num_swap_freed, "waiting": self.scheduler.num_waiting,
-                "running": len(self.scheduler.running), **self.pool.stats()}
+        scheduler, seconds = self.scheduler, self.watch.seconds.items()
+        return {**self.counts, "draft_passes": getattr(self.drafter, "num_passes", 0), "hit_tokens": scheduler.num_hit_tokens,
+                "preemptions": scheduler.num_preemptions, "with_targets": scheduler.num_with_targets,
+                "goodput": scheduler.num_in_time, "blocks_swapped_out": scheduler.num_swapped_out,
+                "blocks_swapped_in": scheduler.num_swapped_in, "blocks_swap_freed": scheduler.num_swap_freed,
+                "waiting": scheduler.num_waiting, "running": len(scheduler.running), **self.pool.stats(),
+                **{f"{part}_seconds": total for part, total in seconds}}
 
     # ---- the step ----
 
@@ -1465,22 +1486,30 @@ class LLM:
 
         Survey A II.B, IV.A · B 2.3, 3.2.4 · C Request Scheduling: Intra-Request Scheduling.
         """
-        self._plan = []  # should scheduling fail, there is none
+        self._plan, watch = [], self.watch  # should scheduling fail, there is no plan
+        watch.start()
         self._plan = plan = self.scheduler.schedule()
         if not plan:
             return self._take_expired()
         if self.drafter:
             plan = self.propose(plan)
+        watch.lap("schedule")
         batch, samplers, prompt_rows = self.pack(plan)
+        watch.lap("pack")
         replay = self.graphs is not None and batch.is_decode
         logits = self.graphs.forward(batch) if replay else self.model.forward(batch, self.cache)
+        watch.lap("launch")
         self.counts["steps"] += 1
         self.counts["forward_passes"] += 1
         self.counts["computed_tokens"] += len(batch.tokens)
         for (request, position), row in zip(prompt_rows, logits[len(samplers):]):
             self._record(request, position, row.float().log_softmax(-1))
+        tokens, logprobs = self.sample(samplers, logits[: len(samplers)])
+        watch.lap("wait")
         # Until here no token was appended and nothing counts as computed: a step that failed above can be repeated.
-        return self.commit(plan, *self.sample(samplers, logits[: len(samplers)])) + self._take_expired()
+        changed = self.commit(plan, tokens, logprobs) + self._take_expired()
+        watch.lap("commit")
+        return changed
 
     def _take_expired(self):
         expired = self.scheduler.take_expired()
@@ -3172,8 +3201,10 @@ def bench(args: argparse.Namespace) -> None:
         if len(samples):
             print(f"{name.upper():11s} p50 {np.percentile(samples, 50):,.1f}   p90 {np.percentile(samples, 90):,.1f}   "
                   f"p99 {np.percentile(samples, 99):,.1f} ms")
+    new = {name: count - before[name] for name, count in llm.stats().items()}
+    parts = {part: new[f"{part}_seconds"] for part in llm.watch.seconds}
+    print("step        " + "   ".join(f"{part} {share / sum(parts.values()):.1%}" for part, share in parts.items()))
     if llm.drafter:
-        new = {name: count - before[name] for name, count in llm.stats().items()}
         print(f"drafts      {new['accepted']:,} of {new['drafted']:,} accepted; a request takes "
               f"{1 - new['saved_steps'] / new['output_tokens']:.2f} steps a token")
     print(f"roofline    {100 * floor / seconds:.0f} % (the work's floor on this machine is {num_out / floor:,.0f} tok/s)")

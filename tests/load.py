@@ -221,7 +221,7 @@ async def throughput(server: Process, llm: LLM, rng: random.Random) -> tuple[flo
         over_http.append(48 * len(work) / (time.perf_counter() - start))
         start, left = time.perf_counter(), [body["prompt"] for body in work]
         while left or llm.has_work():  # 64 at once here as well
-            while left and llm.stats()["waiting"] + llm.stats()["running"] < 64:
+            while left and llm.scheduler.num_waiting + len(llm.scheduler.running) < 64:
                 llm.add_request(left.pop(), params)
             llm.step()
         alone.append(48 * len(work) / (time.perf_counter() - start))

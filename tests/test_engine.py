@@ -694,6 +694,11 @@ def test_an_interrupted_step_harms_nobody(monkeypatch, where, error):
 # ---- counters ----
 
 
+def counters(llm) -> dict[str, int]:
+    """What is the same in every run."""
+    return {name: value for name, value in llm.stats().items() if not name.endswith("_seconds")}
+
+
 def test_counters_of_two_requests_worked_out_by_hand():
     """Budget 8, blocks of 4. A: 10 tokens, B: 3, each generates 3.
 
@@ -702,21 +707,34 @@ def test_counters_of_two_requests_worked_out_by_hand():
     llm = engine(10, max_batch_tokens=8, max_batch_requests=4)
     a, b = llm.add_request(list(range(10)), replace(GREEDY, max_tokens=3)), llm.add_request([50, 51, 52], GREEDY)
     b.max_tokens = 3
-    zero = dict.fromkeys(llm.stats(), 0)
-    assert llm.stats() == {**zero, "waiting": 2, "blocks_free": 10}
+    zero = dict.fromkeys(counters(llm), 0)
+    assert counters(llm) == {**zero, "waiting": 2, "blocks_free": 10}
     llm.step()
     llm.step()
-    assert llm.stats() == {**zero, "steps": 2, "forward_passes": 2, "computed_tokens": 13, "prompt_tokens": 13,
+    assert counters(llm) == {**zero, "steps": 2, "forward_passes": 2, "computed_tokens": 13, "prompt_tokens": 13,
                            "output_tokens": 2, "running": 2, "blocks_used": 4, "blocks_free": 6}
     finish(llm, a, b)
     # Computed: 12 tokens of A in three full blocks, 5 of B in one full block and a part; the last token never is.
     ended = {**zero, "steps": 4, "forward_passes": 4, "computed_tokens": 17, "prompt_tokens": 13, "output_tokens": 6,
              "finished": 2, "blocks_cached": 4, "blocks_free": 6}
-    assert llm.stats() == ended
+    assert counters(llm) == ended
     # A once more: two full blocks hit, since of ten tokens at least one must be computed; then tokens 9 and 10.
     llm.generate([list(range(10))], replace(GREEDY, max_tokens=1))
-    assert llm.stats() == {**ended, "steps": 5, "forward_passes": 5, "computed_tokens": 19, "prompt_tokens": 15,
+    assert counters(llm) == {**ended, "steps": 5, "forward_passes": 5, "computed_tokens": 19, "prompt_tokens": 15,
                            "output_tokens": 7, "finished": 3, "hit_tokens": 8}
+
+
+def test_where_the_time_goes(monkeypatch):
+    """Every part of a step counts once, whatever it takes; a step without a plan counts nothing."""
+    seconds = itertools.accumulate(itertools.count(1))  # 1, 3, 6, 10, ...: laps of 2, 3, 4, ...
+    monkeypatch.setattr(nanoserve.time, "perf_counter", lambda: next(seconds))
+    llm = engine()
+    assert llm.step() == [] and not any(llm.watch.seconds.values())
+    next(seconds)
+    llm.add_request([1, 2], GREEDY)
+    llm.step()
+    laps = [llm.stats()[f"{part}_seconds"] for part in ("schedule", "pack", "launch", "wait", "commit")]
+    assert laps == [laps[0] + i for i in range(5)]
 
 
 def test_counters_of_a_preemption_worked_out_by_hand():
