@@ -1472,8 +1472,9 @@ class LLM:
         other. A CPU computes the model in "launch"; for a GPU, which only then begins, the host is idle in "wait".
         """
         scheduler, seconds = self.scheduler, self.watch.seconds.items()
-        return {**self.counts, "draft_passes": getattr(self.drafter, "num_passes", 0), "hit_tokens": scheduler.num_hit_tokens,
-                "preemptions": scheduler.num_preemptions, "with_targets": scheduler.num_with_targets,
+        return {**self.counts, "draft_passes": getattr(self.drafter, "num_passes", 0),
+                "hit_tokens": scheduler.num_hit_tokens, "preemptions": scheduler.num_preemptions,
+                "with_targets": scheduler.num_with_targets,
                 "goodput": scheduler.num_in_time, "blocks_swapped_out": scheduler.num_swapped_out,
                 "blocks_swapped_in": scheduler.num_swapped_in, "blocks_swap_freed": scheduler.num_swap_freed,
                 "waiting": scheduler.num_waiting, "running": len(scheduler.running), **self.pool.stats(),
@@ -2230,7 +2231,7 @@ class EngineThread(threading.Thread):
             "blocks": runs.ravel().tolist(),
             "running": [row(request, request.num_computed and request.block_table[(request.num_computed - 1) // size])
                         for request in running],
-            "waiting": [row(request) for request in scheduler.waiting[:SHOWN_WAITING]],
+            "waiting": [row(request) for request in scheduler.first_waiting(SHOWN_WAITING)],
             "num_waiting": scheduler.num_waiting,
             "steps": [[p - p0, c - c0 - (p - p0) - (d - d0), d - d0]
                       for (p0, d0, c0), (p, d, c) in pairwise(self.history)],  # prefill, decode, drafts

@@ -344,8 +344,15 @@ class Scheduler:
     @property
     def waiting(self) -> list[Request]:
         """The waiting requests, most urgent first. A copy: for looking at, not for the step."""
-        lanes = sorted((self.policy.level(lane), opened, lane) for _, opened, lane in self._heads)
-        return [request for *_, lane in lanes for _, request in sorted(self._lanes[lane]) if request.status == WAITING]
+        return self.first_waiting(self.num_waiting)
+
+    def first_waiting(self, n: int) -> list[Request]:
+        """The n most urgent of them, without sorting all."""
+        first: list[Request] = []
+        for *_, lane in sorted((self.policy.level(lane), opened, lane) for _, opened, lane in self._heads):
+            entries = (entry for entry in self._lanes[lane] if entry[1].status == WAITING)
+            first += [request for _, request in heapq.nsmallest(n - len(first), entries)]
+        return first
 
     def schedule(self) -> list[tuple[Request, int]]:
         """Plan one step: [(request, n), ...], n tokens to compute for each; tables are extended to hold them.

@@ -609,6 +609,7 @@ def test_policies(policy, order):
     names = {s.add(Request(tokens(n, 100 * n), most, priority=priority)): name
              for name, (n, most, priority) in shapes.items()}
     assert "".join(names[request] for request in s.waiting) == order
+    assert all(s.first_waiting(n) == s.waiting[:n] for n in range(len(order) + 2))
     admitted = []
     while s.has_work():
         for request in step(s):
