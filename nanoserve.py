@@ -1895,7 +1895,7 @@ def free_memory() -> int:
 MAX_HEAD = 32 << 10  # bytes of request line and headers
 MAX_ENTRIES = {"stop": 16, "stop_token_ids": 1024, "logit_bias": 1024}  # looked through in every step, for every token
 MAX_LOGPROBS = 20  # of a token; hundreds for each fill the memory, and writing them keeps the loop from all others
-SHORT_BODY = 64 << 10  # bytes that are read at once; longer ones in a thread
+SHORT_BODY, SHORT_TEXT = 64 << 10, 1000  # bytes, characters that are read at once; longer ones in a thread
 SPARE_FILES = 64  # beside the connections: the log, the model, surplus clients while they are told
 PAGE = Path(__file__).parent / "tutorial" / "page.html"
 STREAM_SHARE, STREAM_GAP = 0.05, 0.1  # of the time, for the loop thread; seconds between two events, if it can keep up
@@ -2088,6 +2088,8 @@ class Job:
         if not isinstance(self.tenant, (str, type(None))):
             raise ValueError(f"user: must be a text, got {self.tenant!r}")
         self.num_samples = len(self.source) * self.params.n
+        texts = chain(*([m["content"] for m in source] if is_chat else [source] for source in self.source))
+        self.is_short = sum(len(text) for text in texts if isinstance(text, str)) < SHORT_TEXT
         self.prompts: list[list[int]] = []  # token ids, once `tokenize` has run
         # The engine thread's:
         self.requests: list[Request] = []
@@ -2096,7 +2098,7 @@ class Job:
         self.mailbox: asyncio.Queue[Update | HTTPError | None] = asyncio.Queue()  # the loop's; None: the job is accepted
 
     def tokenize(self, llm: LLM) -> None:
-        """Turn texts into token ids. It takes long for long ones, so neither of the two threads does it."""
+        """Turn texts into token ids. It takes long for long ones, which neither of the two threads should do then."""
         self.prompts = [encode(llm.tokenizer, source) for source in self.source]
         if self.is_chat and self.params.max_tokens is None:
             self.params.max_tokens = max(1, self.params.min_tokens, llm.longest_request - len(self.prompts[0]))
@@ -2499,6 +2501,8 @@ class Connection:
     async def send(self, data: bytes) -> None:
         """Write, and wait as long as the client has much to read. One that reads nothing at all is given up."""
         self.writer.write(data)
+        if not self.writer.transport.get_write_buffer_size():  # the system has taken it all, as it nearly always does
+            return
         timer = asyncio.get_running_loop().call_later(self.server.timeout, self.writer.transport.abort)
         try:
             await self.writer.drain()  # not in a wait_for: before Python 3.12 that can lose a cancellation
@@ -2797,7 +2801,7 @@ class Server(contextlib.AbstractContextManager):
     async def _complete(self, connection, job):
         with self._admitted(job):
             async with connection.watched():
-                await self.read(job.tokenize, self.llm)
+                await self.read(job.tokenize, self.llm, is_short=job.is_short)
                 self.engine.commands.put(lambda: self.engine.add(job))
                 updates = await job.take()  # nothing is sent before the engine has accepted it
                 answer = Answer(job, self.model_name, self.llm.tokenizer)

@@ -671,6 +671,7 @@ def test_who_reads_nothing_at_all_is_given_up(serving, monkeypatch):
 
 
 def test_a_long_text_being_tokenized_stalls_nobody(serving, monkeypatch):
+    monkeypatch.setattr(nanoserve, "SHORT_TEXT", 4)
     llm = make()
     server, encode, go = serving(llm), llm.tokenizer.encode, threading.Event()
 
