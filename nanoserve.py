@@ -3073,28 +3073,37 @@ def measure_roofline(dtype: torch.dtype, device: torch.device) -> tuple[float, f
 class Roofline:
     """Adds up, step by step, the least time that the work could take: the larger of bytes / bandwidth and FLOPs / rate.
 
-    Bytes: all weights once a step, as they are stored, and each request's keys and values once. FLOPs: two per weight
-    and token (the output layer only for sampled rows) and four per query, key, head and dimension. What a draft model does
-    is not the work, but a way to it. Survey B 2.3.
+    What a draft model does is not the work, but a way to it. Survey B 2.3.
     """
 
     def __init__(self, llm: LLM, bandwidth: float, flops: float):
         c, self.bandwidth, self.flops, self.seconds, self.llm = llm.model.config, bandwidth, flops, 0.0, llm
         self.weight_bytes = llm.model.bytes_per_weight
-        self.head = c.vocab_size * c.hidden_size
-        self.body = sum(math.prod(p.shape) for p in parameters(c) if len(p.shape) > 1
-                        and p.name not in ("embed", "position_embed", "head")
-                        and (p.expert is None or p.expert < c.experts_per_token))
+        used = [p for p in parameters(c) if len(p.shape) > 1 and p.name not in ("embed", "position_embed", "head")
+                and (p.expert is None or p.expert < c.experts_per_token)]
+        after = [p for p in used if p.layer == c.num_layers - 1 and p.name != "qkv"]  # see GPT.forward
+        self.head = c.vocab_size * c.hidden_size + sum(math.prod(p.shape) for p in after)
+        self.body = sum(math.prod(p.shape) for p in used if p not in after)
         self.kv_bytes = KVCache.bytes_per_block(c.num_layers, 1, c.num_kv_heads, c.head_dim, llm.cache.data.itemsize)
         self.per_pair = 4 * c.num_heads * c.head_dim * c.num_layers
         self.pack, llm.pack = llm.pack, self._watch
 
-    def _watch(self, plan):
+    def cost(self, plan: list[tuple[Request, int]]) -> tuple[float, float]:
+        """(bytes, FLOPs) of a step that brings each request of the plan n tokens forward.
+
+        Bytes: all weights once, of `weight_bytes` each; and `kv_bytes` for each token of each request's context, with those
+        of this step. FLOPs: two per weight and token, through `body` weights all tokens, through `head` (the output layer,
+        and what comes after attention in the last layer) only those that are sampled; and `per_pair` for each query and
+        each key that it sees.
+        """
         tokens, sampled = sum(n for _, n in plan), sum(max(0, n - request.num_behind + 1) for request, n in plan)
         pairs = sum(n * request.num_computed + n * (n + 1) // 2 for request, n in plan)
         context = sum(request.num_computed + n for request, n in plan)
-        moved = (self.body + self.head) * self.weight_bytes + context * self.kv_bytes
-        flops = 2 * (self.body * tokens + self.head * sampled) + self.per_pair * pairs
+        return ((self.body + self.head) * self.weight_bytes + context * self.kv_bytes,
+                2 * (self.body * tokens + self.head * sampled) + self.per_pair * pairs)
+
+    def _watch(self, plan):
+        moved, flops = self.cost(plan)
         self.seconds += max(moved / self.bandwidth, flops / self.flops)
         return self.pack(plan)
 

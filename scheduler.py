@@ -241,9 +241,11 @@ class Fair(Policy):
         return request.tenant
 
     def level(self, lane):
+        """The counter of the tenant `lane`, lifted to the floor."""
         return max(self.counters.get(lane, 0), self.floor)
 
     def admitted(self, request, is_empty):
+        """Raise the floor to the tenant's counter, and that by the prompt. If nobody waits now, the floor goes with it."""
         self.floor = self.level(request.tenant)
         first = self.input_weight * request.num_prompt if not request.num_preemptions else 0
         self.counters[request.tenant] = self.floor + first
@@ -254,6 +256,7 @@ class Fair(Policy):
             self._most = 2 * len(self.counters) + 64
 
     def sampled(self, request, n):
+        """Count n tokens of output."""
         self.counters[request.tenant] = self.counters.get(request.tenant, 0) + n * self.output_weight
 
 

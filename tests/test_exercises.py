@@ -1,5 +1,9 @@
 """The exercises: every stub is the engine's own source, every solution passes, every mutant fails at both tiers."""
 
+import csv
+import io
+import math
+import re
 import shutil
 import subprocess
 import sys
@@ -7,9 +11,14 @@ import time
 from pathlib import Path
 
 import check
+import exercises
+import index
 import pytest
+import questions
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+import nanoserve
 
 ROOT = Path(__file__).parents[1]
 EXERCISES = check.exercises()
@@ -106,12 +115,22 @@ def test_what_is_no_solution_does_not_pass(cheat):
     assert code == (check.NOT_WRITTEN if cheat == "another name" else check.WRONG), message
 
 
+@pytest.mark.parametrize("number", [number for number, ex in EXERCISES.items() if ex.PLANTED])
+@pytest.mark.parametrize("tier", ("unit", "engine"))
+def test_the_planted_bug_is_noticed(number, tier):
+    """With the number of the request guessed right, and something else changed."""
+    source = check.stub(EXERCISES[number]).replace("BROKEN = None", f"BROKEN = {answer(number)}; WHY = 'a guess'")
+    code, message = check.grade(number, source.replace('WHY = ""', "") + "\n\ndef other():\n    pass\n", tiers=(tier,))
+    assert code == check.WRONG and "BROKEN" not in message, message
+
+
 def test_bug_hunts_want_the_request_and_the_reason():
     for number, ex in EXERCISES.items():
         if ex.PLANTED:
             wrong = check.grade(number, check.solution(ex, answer=answer(number) + 1))
             silent = check.grade(number, check.solution(ex, answer=answer(number)).replace("WHY = 'because'", ""))
             assert wrong[0] == silent[0] == check.WRONG and "BROKEN" in wrong[1] and "WHY" in silent[1]
+            assert grade(number)[1].startswith("WHY: because\n"), "for the teacher, in the first line"
 
 
 def test_an_alias_by_name_is_replaced_too(monkeypatch):
@@ -155,13 +174,12 @@ def test_a_students_way(run, tmp_path):
     assert run("99")[0] == check.BROKEN
 
 
-def test_endless_loops_and_early_exits_fail(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(check, "TIME_LIMIT", 12)
+def test_an_endless_loop_is_shown_where_it_is(tmp_path, capsys):
     path = tmp_path / "ex01.py"
-    path.write_text("import os\nprint('exercise 01: passed', flush=True)\nos._exit(0)")
-    assert check.check(EXERCISES["01"], path) == check.WRONG
-    path.write_text("while True:\n    pass")
-    assert check.check(EXERCISES["01"], path) == check.WRONG and "endless loop" in capsys.readouterr().out
+    path.write_text("x = 0\nwhile True:\n    x += 1")
+    assert check.check(EXERCISES["01"], path, limit=2) == check.WRONG
+    printed = capsys.readouterr().out
+    assert "timeout" in printed and "endless loop" in printed and re.search(r'ex01.py", line [23] in <module>', printed)
 
 
 def test_a_broken_installation_is_3(tmp_path, run):
@@ -173,3 +191,134 @@ def test_a_broken_installation_is_3(tmp_path, run):
     command = [sys.executable, tmp_path / "tutorial/check.py", "01"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == check.BROKEN, done.stdout + done.stderr
+
+
+# ---- the teacher's side ---------------------------------------------------------------------------------------------
+
+
+IN_OTHER_WORDS = """
+def match(self, tokens, root=None):
+    found = []
+    name = ("root", root)
+    size = self.block_size
+    for i in range((len(tokens) - 1) // size * self.prefix_caching):
+        key = (name, tuple(tokens[i * size : i * size + size]))
+        if key not in self.index:
+            return found
+        found.append(self.index[key])
+        name = self.content[found[-1]]
+    return found
+"""
+SECRETS = """
+import json, os, pathlib
+for number in range(3, 9):  # the channel to the grader is one of these
+    try:
+        os.write(number, b"0123456789abcdef" + json.dumps(["passed", "ha"]).encode())
+    except OSError:
+        pass
+pathlib.Path("verdict.json").write_text(json.dumps(["passed", "ha"]))
+print(json.dumps(["passed", "ha"]), flush=True)
+os._exit(0)
+"""
+SUBMISSIONS = {  # student: what is in ex04.py, the result, and what the message says
+    "anna": (IN_OTHER_WORDS, "passed", "12 unit cases, 8 interleaved requests with identical tokens"),
+    "ben": (IN_OTHER_WORDS.replace("(len(tokens) - 1)", "len(tokens)"), "wrong", "unit case 2 of 12: 1..9 itself"),
+    "cleo": (IN_OTHER_WORDS.replace("found = []", "while True: print('still here ' * 99)"), "wrong", "OSError"),
+    "dan": ("import time\n" + IN_OTHER_WORDS.replace("found = []", "time.sleep(999)"), "timeout", "endless loop"),
+    "emil": (SECRETS, "crashed", "exit code 0"),
+    "fay": ("import ctypes\nctypes.string_at(0)", "crashed", "exit code -"),
+    "gus": ("from cache import BlockPool\nmatch = BlockPool.match", "wrong", "the exercise is to write it"),
+    "hana": (check.stub(EXERCISES["04"]), "not written", "not written yet"),
+    "ida": ("def match(self, tokens root):", "wrong", "SyntaxError"),
+    "jo": (check.solution(EXERCISES["04"]), "copied", "word for word the engine's own"),
+    "kim": ("for path in (FOLDER + '/lou/ex04.py', 'ex04.py', '../lou/ex04.py'):\n    open(path, 'w').write('')\n",
+            "wrong", "FileNotFoundError"),
+    "lou": (b"\xff\x00 no text", "wrong", "Error"),
+    "mo": (None, "missing", ""),
+}
+
+
+def test_a_folder_of_submissions_becomes_a_csv(tmp_path, capfd):
+    for student, (source, *_) in SUBMISSIONS.items():
+        (tmp_path / student).mkdir()
+        if source is not None:
+            source = source.encode() if isinstance(source, str) else source
+            (tmp_path / student / "ex04.py").write_bytes(source.replace(b"FOLDER", repr(str(tmp_path)).encode()))
+    (tmp_path / ".hidden").mkdir()
+    assert check.main(["04", "--grade", str(tmp_path), "--limit", "20"]) == check.PASSED
+    lines = list(csv.DictReader(io.StringIO(capfd.readouterr().out)))
+    assert [line["student"] for line in lines] == [student for student in SUBMISSIONS for _ in range(2)]
+    for line, total, (_, result, message) in zip(lines[::2], lines[1::2], SUBMISSIONS.values()):
+        assert (line["exercise"], line["result"]) == ("04", result) and message in line["message"], line
+        assert (total["exercise"], total["result"]) == ("total", str(int(result == "passed"))), total
+
+
+def test_whoever_grades_with_a_broken_engine_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(check.__dict__, "__file__", str(tmp_path / "no.py"))
+    with pytest.raises(SystemExit) as exit:
+        check.judge(EXERCISES["04"], b"")
+    assert exit.value.code == check.BROKEN and "no.py" in capsys.readouterr().err
+
+
+def test_the_key_is_what_arithmetic_gives():
+    """Two ways to every answer: the engine's functions, and the formula that the key shows beside it."""
+    sheets = [questions.questions(seed) for seed in ("sample", *map(str, range(12)))]
+    for sheet in sheets:
+        for question in sheet:
+            assert question.answer == eval(question.arithmetic, {"ceil": math.ceil, "exp": math.exp}), question
+            assert question.text.endswith("?") and question.answer > 0
+    for column in zip(*sheets):
+        assert len({question.text for question in column}) > 10, "a seed gives numbers of its own"
+    assert questions.questions("sample") == sheets[0]
+
+
+def test_the_instructors_guide_fits():
+    """Its sample answers are to what the sheet asks, with the key's numbers; its minutes are those of the headers."""
+    guide = (ROOT / "tutorial/INSTRUCTOR.md").read_text(encoding="utf-8")
+    flat = " ".join(guide.replace("\n> ", " ").split())
+    for question in questions.questions("demo"):
+        asked, _, answers = flat.partition(question.text)
+        assert answers and f"{question.answer:,}" in answers.partition("**3 of 3.**")[2][:500], question
+    assert set(re.findall(r"\bexercises? (\d\d)", guide)) <= set(EXERCISES)
+    assert set(re.findall(r"check\.py [^`]*?(--[a-z]+)", guide)) <= set(re.findall(r"--[a-z]+", check.__doc__))
+    rows = re.findall(r"^\|[^|]*\| (\d\d) \| (\d+) \| ([\d, ]+) \| (\d+) \|", guide, re.MULTILINE)
+    for chapter, reading, numbers, minutes in rows:
+        said = index.chapters()[int(chapter)]["Minutes"]
+        assert int(reading) == sum(map(int, re.findall(r"(?:read|run) (\d+)", said))), chapter
+        assert int(minutes) == sum(EXERCISES[number].MINUTES for number in numbers.split(", ")), numbers
+    assert len(rows) >= 18
+
+
+def test_what_the_fair_exercise_says_of_others_is_so():
+    """The figures in its text: first come, first served, counters without a floor, and the engine's own."""
+    ex, (_, _, (_, _, counters)) = EXERCISES["10"], check.reference("10")
+    fcfs, saving, own = (int(line) for line in re.findall(r": +(\d+)$", ex.text, re.MULTILINE))
+    assert counters["service differs by"] == own and f"2 U = {counters['at most']}" in ex.text
+    for mutant, figure in (("first come, first served", fcfs), ("lets tenants save up", saving)):
+        assert f"served {figure} apart" in grade("10", *ex.MUTANTS[mutant], tiers=("engine",))[1]
+
+
+def test_the_roofline_counts_what_torch_counts():
+    """Exercise 11's answer is the engine's own; here it is held against torch's counter, for three prompts and their
+    decoding. Torch counts what the definition computes, which is masked afterwards; the roofline what queries see.
+    """
+    llm, counted = exercises.engine(), []
+    roofline, pack, costs = nanoserve.Roofline(llm, 1.0, 1.0), llm.pack, []
+    llm.pack = lambda plan: (costs.append(roofline.cost(plan)), pack(plan))[1]
+    lengths = (5, 9, 14)
+    for length in lengths:
+        llm.add_request(exercises.prompt(length, length), nanoserve.SamplingParams(temperature=0, max_tokens=9))
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            llm.step()
+        counted.append(counter.get_total_flops())
+    per_pair = 2 * 2 * 2 * 4 * 8  # multiply and add, scores and values, layers, heads, dimensions
+    assert costs[0][1] == counted[0] - per_pair * sum(n * (n - 1) // 2 for n in lengths)
+    weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 32 * 64  # layers of q and o, k and v, MLP; output layer
+    assert costs[1] == (8 * weights + (6 + 10 + 15) * 2 * 2 * 2 * 8 * 8, counted[1])
+
+
+def test_a_wrong_command_is_3(run):
+    assert run("--key")[0] == run("--no-such-option")[0] == run("--grade", "nowhere")[0] == check.BROKEN
+    code, printed = run("--seed", "anna", "--key")
+    assert code == check.PASSED and printed.count(" = ") == len(questions.QUESTIONS)

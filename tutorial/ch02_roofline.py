@@ -2,10 +2,10 @@
 
 Survey: A III, IV · B 2.2, 2.4, 7 · C Hardware
 Papers: Roofline (Williams, CACM 2009) · LLM Inference Unveiled arXiv:2402.16363 · GenZ arXiv:2406.01698
-Code: nanoserve.measure_roofline, nanoserve.Roofline, nanoserve.GPT.forward, kernels.linear
-Minutes: read 12, run 1
+Code: nanoserve.measure_roofline, nanoserve.Roofline.cost, nanoserve.GPT.forward, kernels.linear
+Minutes: read 12, run 1, exercise 20
 Kind: run; the H200 is calculated from its datasheet
-Exercise: none yet
+Exercise: 11
 Effect: 16 requests that share one reading of the weights do 14 times the FLOPs per byte of one
 """
 
@@ -264,6 +264,8 @@ with book.figure(args, "ch02_roofline", columns=2, size=(9, 3.6)) as axes:
 # 1. `dtype = torch.bfloat16`: which column halves, and where does the ridge go?
 # 2. CONTEXT = 400. Which rows change?
 # 3. Put your phone's or laptop's datasheet numbers in the place of the H200's.
+#
+# **Exercise 11** (`python tutorial/check.py 11`): write `Roofline.cost`, which counted the bytes and FLOPs above.
 
 # %% The claim, on counters.
 ratio = {name: flops / moved for name, (_, (moved, flops, _)) in steps.items()}

@@ -5,9 +5,9 @@ Survey: A III.A, III.B · B 3.2.3, 7 · C KV Cache Optimization: Reuse Strategie
 Papers: RadixAttention arXiv:2312.07104 · Prompt Cache arXiv:2311.04934 · CachedAttention arXiv:2403.19708 ·
   GPTCache (NLP-OSS 2023)
 Code: cache.BlockPool.match, cache.BlockPool.publish, cache.BlockPool.adopt, cache.BlockPool.release
-Minutes: read 12, run 1, exercise 20
+Minutes: read 12, run 1, exercises 20, 35
 Kind: run
-Exercise: 04
+Exercise: 04, 12
 Effect: multi-turn chat computes 21 % of its prompt tokens, token for token the same answers
 """
 
@@ -292,7 +292,8 @@ with book.figure(args, "ch06_prefix_reuse", columns=3, size=(11, 3.4)) as axes:
 # 2. `LLM(block_size=4)` and 64: which row changes most?
 # 3. Evict the *most* recently freed block instead (`popitem(last=True)`). Round robin loves it. Who pays?
 #
-# **Exercise 04** (`python tutorial/check.py 04`): write `match`, and mind the trap.
+# **Exercise 04** (`python tutorial/check.py 04`): write `match`, and mind the trap. **12** is a bug hunt: an index that
+# names a parent by its block, and who pays for that.
 
 # %% The claim, on counters.
 assert share["multi-turn chat"] < 30 and share["unrelated"] > 85 and share["few-shot"] < share["unrelated"]

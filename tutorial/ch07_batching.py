@@ -3,7 +3,7 @@
 Survey: A IV.A · B 3.2.4, 3.2.5 · C Request Scheduling: Intra-Request Scheduling
 Papers: Orca (OSDI'22) · Sarathi-Serve arXiv:2403.02310 · DeepSpeed-FastGen arXiv:2401.08671
 Code: scheduler.Scheduler.schedule, scheduler.Scheduler.advance, nanoserve.LLM.pack, nanoserve.LLM.step
-Minutes: read 15, run 1, exercise 60
+Minutes: read 15, run 1, exercises 60, 30, 25
 Kind: run; times in a model of step time that is measured at the end
 Exercise: 05, 06, 08
 Effect: 2.3 times the throughput of request-level batching; a budget cuts the longest stall from 803 tokens to 64

@@ -3,9 +3,9 @@
 Survey: A IV.A, V.B, VI.C · B 3.2.4 · C Request Scheduling: Inter-Request Scheduling, Decoding Length Prediction, Fairness
 Papers: FastServe arXiv:2305.05920 · VTC arXiv:2401.00588 · Learning to rank arXiv:2408.15792 · Andes arXiv:2404.16283
 Code: scheduler.Policy, scheduler.Shortest, scheduler.MLFQ, scheduler.Fair, scheduler.Scheduler.preempt
-Minutes: read 15, run 1, exercise 30
+Minutes: read 15, run 1, exercises 30, 35
 Kind: simulated; the engine's own scheduler and block pool, without a model, under chapter 07's model of step time
-Exercise: 07
+Exercise: 07, 10
 Effect: a learned ranking brings first tokens 1.7 times sooner on average, and the longest wait grows from 235 to 742
 """
 
@@ -335,7 +335,8 @@ with book.figure(args, "ch08_scheduling", columns=2, size=(9, 3.6)) as axes:
 # 2. MLFQ(8) and MLFQ(128): how often is somebody interrupted, and who gains?
 # 3. Weigh goodput by GAP = 40 instead of 8. Which policy rises most, and did anything change for its readers?
 #
-# **Exercise 07** (`python tutorial/check.py 07`): a bug hunt in what becomes of a request that was interrupted.
+# **Exercise 07** (`python tutorial/check.py 07`): a bug hunt in what becomes of a request that was interrupted. **10** is
+# the fairness counter, and its bound.
 
 # %% The claim, on counters.
 ranking, feedback = runs["shortest, ranked"], runs["feedback, recomputed"]

@@ -6,11 +6,16 @@ generate the same tokens.
     python tutorial/check.py 03 --hint     one more hint each time;  --watch: check again whenever the file changes
     python tutorial/check.py 03 --diff     after a pass: yours beside the engine's;  --reset: start again
 
+For teachers (tutorial/INSTRUCTOR.md):
+
+    python tutorial/check.py --grade FOLDER > grades.csv     FOLDER/STUDENT/ex03.py and so on; with a number that one only
+    python tutorial/check.py --seed NAME --key               written questions with numbers of NAME's own; and the answers
+
 Exit codes: 0 passed, 1 wrong, 2 not written yet, 3 something is the matter with the installation or the command.
 
 An exercise is a file in tutorial/exercises/. Its stub, its solution and its mutants all come from the engine's own
-source, so none of them can fall behind it. A submission runs in a process of its own, with a time limit and one
-thread. There the engine first serves the exercise's requests itself; then its own function is made unusable wherever
+source, so none of them can fall behind it. A submission runs in a process and a folder of its own, with a time limit and
+one thread. There the engine first serves the exercise's requests itself; then its own function is made unusable wherever
 somebody holds it, the submission is loaded, and put in its place in every module and class that has it.
 """
 
@@ -18,18 +23,23 @@ import argparse
 import ast
 import contextlib
 import copy
+import csv
 import difflib
+import faulthandler
 import functools
 import hashlib
 import importlib
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -38,6 +48,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 PASSED, WRONG, NOT_WRITTEN, BROKEN = 0, 1, 2, 3
 TIME_LIMIT = 60  # seconds; a check takes three
+LARGEST_FILE = 1 << 20  # bytes, of what a submission prints or writes
 
 
 # ---- what an exercise is, read without importing anything --------------------------------------------------------------
@@ -208,14 +219,15 @@ def broken_request(number: str) -> int:
     return broken
 
 
-def same_code(source: str, other: str) -> bool:
-    """Whether two files define the same functions, whatever else is in them."""
+def same_code(source: str | bytes, other: str) -> bool:
+    """Whether two files define the same functions, whatever else is in them, and whatever docstrings say."""
     def functions(text):
-        return [ast.dump(node) for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+        nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+        return [[ast.dump(part) for part in [node.args, *node.body[ast.get_docstring(node) is not None:]]] for node in nodes]
     return functions(source) == functions(other)
 
 
-def grade(number: str, source: str, filename: str = "submission", tiers=("unit", "engine")) -> tuple[int, str]:
+def grade(number: str, source: str | bytes, filename: str = "submission", tiers=("unit", "engine")) -> tuple[int, str]:
     """Check a submission in this process: (exit code, what to tell). Whatever was swapped is put back."""
     import torch
     from exercises import Wrong, serve
@@ -239,9 +251,12 @@ def grade(number: str, source: str, filename: str = "submission", tiers=("unit",
                 rows = [*calls.items(), *((name, got[2][name]) for name in ex.EFFECT)]
                 report += "".join(f"\n  {name + ' called' if name in calls else name.replace('_', ' '):34s}{value!s:>12s}"
                                   for name, value in rows)
-            if ex.PLANTED and (getattr(submission, "BROKEN", None), bool(getattr(submission, "WHY", ""))) != (broken, True):
-                raise Wrong("the bug is gone; now say in BROKEN which request it broke, by its number from 0, and in WHY why"
-                            + (f" (BROKEN = {submission.BROKEN} is not it)" if submission.BROKEN is not None else ""))
+            if ex.PLANTED:
+                said, why = getattr(submission, "BROKEN", None), " ".join(str(getattr(submission, "WHY", "")).split())
+                if said != broken or not why:
+                    raise Wrong("the bug is gone; now say in BROKEN which request it broke, by its number from 0, and in WHY"
+                                " why" + (f" (BROKEN = {said} is not it)" if said not in (None, broken) else ""))
+                report = f"WHY: {why}\n  {report}"
     except NotImplementedError:
         return NOT_WRITTEN, "not written yet"
     except Wrong as error:
@@ -253,68 +268,164 @@ def grade(number: str, source: str, filename: str = "submission", tiers=("unit",
     return PASSED, report
 
 
-def check(ex, path: Path) -> int:
-    """Grade a file in a process of its own, print the verdict, and return the exit code."""
-    nonce = secrets.token_hex(8)  # printing a verdict, or exiting early, proves nothing without it
-    try:
-        run = subprocess.run([sys.executable, __file__, ex.id, "--inside", str(path)], input=nonce, text=True,
-                             capture_output=True, timeout=TIME_LIMIT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    except subprocess.TimeoutExpired:
-        print(f"exercise {ex.id}: wrong\n  no answer after {TIME_LIMIT} s: an endless loop?")
-        return WRONG
-    printed, found, verdict = run.stdout.rpartition(nonce)
-    print(printed if found else run.stdout, end="")  # what the submission itself printed
-    if not found:
-        print(f"exercise {ex.id}: the check itself did not come to its end\n{run.stderr}")
-        return WRONG if run.returncode == 0 else BROKEN
-    code, message = json.loads(verdict)
-    print(f"exercise {ex.id}: {('passed', 'wrong', 'not written yet')[code]}")
-    print(f"  {message}" if code != NOT_WRITTEN else f"  write in {path}; --hint gives a first hint")
-    return code
+def inside(ex, path: Path, limit: float) -> None:
+    """Be the process in which a submission is graded.
+
+    The parent's secret goes before the verdict, so that nothing that a submission prints can pass for one; and it is said
+    once before, when the engine has done its part: what goes wrong from then on is the submission's doing.
+    """
+    secret = sys.stdin.read()
+    import torch
+    torch.set_num_threads(1)
+    reference(ex.id)
+    if ex.PLANTED:
+        broken_request(ex.id)
+    answers = os.fdopen(os.dup(1), "w")
+    print(secret, file=answers, flush=True)
+    os.ftruncate(2, os.lseek(2, 0, os.SEEK_SET))  # whatever warnings there were
+    os.dup2(2, 1)
+    with contextlib.suppress(ImportError):  # Windows has none
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
+    faulthandler.dump_traceback_later(limit, exit=True)  # says where an endless loop is
+    source = path.read_bytes()
+    code, message = grade(ex.id, source, str(path))
+    result = ("passed", "wrong", "not written")[code]
+    if code == PASSED and not ex.PLANTED and same_code(source, solution(ex)):
+        result, message = "copied", "word for word the engine's own\n  " + message
+    print(secret + json.dumps([result, message]), file=answers, flush=True)
+    os._exit(0)  # with whatever a submission has left running, or to be done at exit
+
+
+def judge(ex, source: bytes, limit: float = TIME_LIMIT) -> tuple[str, str, str]:
+    """Grade a submission in a process of its own: (result, what to tell, what it printed).
+
+    The result is passed, copied (passed, but word for word the engine's own), wrong, timeout, crashed or not written. If
+    the engine can not even do its own part, that is nobody's fault here, and everything ends with exit code 3.
+    """
+    secret, answers, code = secrets.token_hex(8), [], None
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as printed:
+        path = Path(folder, f"ex{ex.id}.py")
+        path.write_bytes(source)
+        command = [sys.executable, "-u", __file__, ex.id, "--inside", str(path), "--limit", str(limit)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=printed, cwd=folder,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True) as child:
+            try:
+                out, _ = child.communicate(secret.encode(), limit + TIME_LIMIT)  # the latter for the engine's part
+                answers, code = out.decode(errors="replace").split(secret), child.returncode
+            except subprocess.TimeoutExpired:
+                pass
+            finally:
+                with contextlib.suppress(OSError, AttributeError):  # Windows has no groups
+                    os.killpg(child.pid, signal.SIGKILL)  # and whatever it has started
+                child.kill()
+        printed.seek(0)
+        shown = printed.read().decode(errors="replace")
+    if len(answers) == 1:
+        print(shown, file=sys.stderr)
+        sys.exit(BROKEN)
+    if len(answers) == 3:
+        result, message = json.loads(answers[2].splitlines()[0])
+    elif code is None or "Timeout (" in shown:
+        result, message = "timeout", f"no answer after {limit:g} s: an endless loop?"
+    else:
+        result, message = "crashed", f"your code ended the check (exit code {code})"
+    return result, message.encode(errors="replace").decode(), shown
+
+
+def check(ex, path: Path, limit: float = TIME_LIMIT) -> int:
+    """Grade a file, print the verdict, and return the exit code."""
+    result, message, printed = judge(ex, path.read_bytes(), limit)
+    print(f"{printed}exercise {ex.id}: {result}")
+    print(f"  {message}" if result != "not written" else f"  write in {path}; --hint gives a first hint")
+    return {"passed": PASSED, "copied": PASSED, "not written": NOT_WRITTEN}.get(result, WRONG)
+
+
+def grade_folder(folder: Path, wanted: list, limit: float = TIME_LIMIT) -> None:
+    """Grade FOLDER/STUDENT/ex03.py and so on, and print a CSV: a line for each student and exercise, and one for the sum."""
+    students = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    files = [(student, ex, student / f"ex{ex.id}.py") for student in students for ex in wanted]
+    # All are read before the first one runs: no submission can change another.
+    work = [(ex, path.read_bytes() if path.is_file() else None) for _, ex, path in files]
+    table, passed = csv.writer(sys.stdout), 0
+    table.writerow(("student", "exercise", "result", "message"))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        verdicts = pool.map(lambda task: judge(*task, limit) if task[1] is not None else ("missing", "", ""), work)
+        for (student, ex, _), (result, message, _) in zip(files, verdicts):
+            table.writerow((student.name, ex.id, result, message.partition("\n")[0][:500]))
+            print(f"{student.name} {ex.id}: {result}", file=sys.stderr)
+            passed += result == "passed"
+            if ex is wanted[-1]:
+                table.writerow((student.name, "total", passed, f"of {len(wanted)} passed"))
+                passed = 0
 
 
 # ---- the command --------------------------------------------------------------------------------------------------------
 
 
+def read_notes(work: Path) -> dict[str, list]:
+    """{number: [hints shown, hash of the file that passed]}"""
+    return json.loads(path.read_text()) if (path := work / "notes.json").exists() else {}
+
+
+def show_list(work: Path) -> None:
+    """A line for each exercise."""
+    noted = read_notes(work)
+    for ex in exercises().values():
+        path = work / f"ex{ex.id}.py"
+        mine = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+        status = "passed" if mine and noted.get(ex.id, [0, ""])[1] == mine else "begun" if mine else ""
+        print(f"{ex.id}  {status:8s}{ex.KIND:10s}{ex.MINUTES:3d} min  difficulty {'*' * ex.DIFFICULTY:5s}  "
+              f"importance {'*' * ex.IMPORTANCE:5s}  chapter {ex.CHAPTER}  {ex.TITLE}")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(BROKEN, f"{message}\n")
     parser.add_argument("exercise", nargs="?", help="its number, such as 03")
     for name in ("hint", "watch", "diff", "reset"):
         parser.add_argument("--" + name, action="store_true")
-    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--regenerate", action="store_true", help="write all stubs anew from the engine's source")
+    parser.add_argument("--grade", type=Path, metavar="FOLDER", help="grade FOLDER/STUDENT/ex03.py and so on, as CSV")
+    parser.add_argument("--seed", metavar="NAME", help="print the written questions with NAME's own numbers")
+    parser.add_argument("--key", action="store_true", help="with --seed: their answers as well")
+    parser.add_argument("--limit", type=float, default=TIME_LIMIT, metavar="SECONDS", help="that a submission may take")
     args = parser.parse_args(argv)
     work = Path(os.environ.get("NANOSERVE_WORK", ROOT / "work"))
-    notes = work / "notes.json"  # {number: [hints shown, hash of the file that passed]}
-    noted = json.loads(notes.read_text()) if notes.exists() else {}
+    if args.exercise not in (None, *exercises()):
+        parser.error(f"exercise: {args.exercise!r} is not one of {', '.join(exercises())}")
+    if args.key and args.seed is None:
+        parser.error("--key: needs a --seed, as there is a key for each")
+    wanted = [exercises()[args.exercise]] if args.exercise else list(exercises().values())
     if args.regenerate:
-        for ex in exercises().values():
+        for ex in wanted:
             stub_path(ex).write_text(stub(ex), encoding="utf-8")
-        return PASSED
-    if args.exercise is None:
-        for ex in exercises().values():
-            path = work / f"ex{ex.id}.py"
-            mine = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
-            status = "passed" if mine and noted.get(ex.id, [0, ""])[1] == mine else "begun" if mine else ""
-            print(f"{ex.id}  {status:8s}{ex.KIND:10s}{ex.MINUTES:3d} min  difficulty {'*' * ex.DIFFICULTY:5s}  "
-                  f"importance {'*' * ex.IMPORTANCE:5s}  chapter {ex.CHAPTER}  {ex.TITLE}")
-        return PASSED
-    if args.exercise not in exercises():
-        print(f"exercise: {args.exercise!r} is not one of {', '.join(exercises())}", file=sys.stderr)
-        return BROKEN
-    ex = exercises()[args.exercise]
-    if args.inside:
-        nonce, source = sys.stdin.read(), Path(args.inside).read_text(encoding="utf-8")
-        import torch
-        torch.set_num_threads(1)
-        print(nonce + json.dumps(grade(ex.id, source, args.inside)))
-        return PASSED
+    elif args.seed is not None:
+        import questions
+        print(questions.sheet(args.seed, args.key))
+    elif args.grade:
+        if not args.grade.is_dir():
+            parser.error(f"--grade: {args.grade} is not a folder")
+        grade_folder(args.grade, wanted, args.limit)
+    elif args.exercise is None:
+        show_list(work)
+    elif args.inside:
+        inside(wanted[0], args.inside, args.limit)
+    else:
+        return attempt(wanted[0], work, args)
+    return PASSED
+
+
+def attempt(ex, work: Path, args: argparse.Namespace) -> int:
+    """What a student does with one exercise. Returns the exit code."""
     path = work / f"ex{ex.id}.py"
     work.mkdir(parents=True, exist_ok=True)
     if args.reset or not path.exists():
         path.write_bytes(stub_path(ex).read_bytes())
         print(f"exercise {ex.id}, {ex.TITLE}\n  write in {path}\n  read tutorial/{ex.CHAPTER}, about {ex.MINUTES} minutes")
         return NOT_WRITTEN
+    noted = read_notes(work)
     hints, passed = noted.get(ex.id, [0, ""])
     if args.hint:
         hints = min(hints + 1, len(ex.HINTS))
@@ -329,14 +440,14 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(difflib.unified_diff(*sides, "yours", "the engine's", n=99)))
         return PASSED
     else:
-        code, seen = check(ex, path), path.stat().st_mtime
-        while args.watch and code != PASSED:
-            time.sleep(0.5)
-            if path.stat().st_mtime != seen:
-                seen, code = path.stat().st_mtime, check(ex, path)
+        code = seen = None
+        while code is None or args.watch and code != PASSED:
+            if seen != (seen := path.stat().st_mtime):
+                code = check(ex, path, args.limit)
+            time.sleep(0.5 * args.watch)
         if code == PASSED:
             passed = hashlib.sha256(path.read_bytes()).hexdigest()
-    notes.write_text(json.dumps({**noted, ex.id: [hints, passed]}))
+    (work / "notes.json").write_text(json.dumps({**noted, ex.id: [hints, passed]}))
     return code
 
 

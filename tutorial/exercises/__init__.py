@@ -52,25 +52,24 @@ def prompt(length: int, seed: int) -> list[int]:
 def serve(exercise) -> tuple[list[list[int]], list[list[float]], dict[str, object]]:
     """The whole engine over an exercise's requests, each added at its step: tokens, log-probabilities, exact counters.
 
-    Checks the invariants after every step and that no block is left in use; raises Wrong where they do not hold.
+    Checks the invariants after every step and that no block is left in use; raises Wrong where they do not hold. What the
+    exercise defines is asked as well: `before_step(llm)`, and at the end `measure(llm, counters)` for counters of its own.
     """
-    llm, requests, first, last = engine(**exercise.ENGINE), [], {}, {}
-    before_step = getattr(exercise, "before_step", None)
+    llm, requests, times = engine(**exercise.ENGINE), [], {}  # times: for each sample the steps in which it got a token
+    before_step = getattr(exercise, "before_step", lambda llm: None)
+    measure = getattr(exercise, "measure", lambda llm, counters: {})
     arrivals = list(exercise.REQUESTS)  # (step, prompt, sampling options)
-    step = longest_gap = stalls = peak = 0
+    step = stalls = peak = 0
     while arrivals or llm.has_work():
         while arrivals and arrivals[0][0] <= step:
             _, tokens, options = arrivals.pop(0)
-            more = {name: options[name] for name in options.keys() & {"cache_salt", "priority"}}
+            more = {name: options[name] for name in options.keys() & {"cache_salt", "priority", "tenant"}}
             sampling = {name: options[name] for name in options.keys() - more.keys()}
             requests.append(llm.add_request(tokens, SamplingParams(logprobs=1, **sampling), **more))
-        if before_step:
-            before_step(llm)
+        before_step(llm)
         decoding, computed = any(r.num_output for r in llm.scheduler.running), llm.stats()["computed_tokens"]
         for request in llm.step():
-            longest_gap = max(longest_gap, step - last.get(request, step))
-            last[request] = step
-            first.setdefault(request, step)
+            times.setdefault(request, []).append(step)
         try:
             llm.scheduler.check()
         except AssertionError as error:
@@ -87,6 +86,7 @@ def serve(exercise) -> tuple[list[list[int]], list[list[float]], dict[str, objec
     outputs = [s.tokens[s.num_prompt:] for s in samples]
     chosen = [[entry[token] for entry, token in zip(s.logprobs[-len(out):], out)] for s, out in zip(samples, outputs)]
     counters = {name: stats[name] for name in ("steps", "computed_tokens", "hit_tokens", "preemptions", "output_tokens")}
-    counters |= {"peak_blocks": peak, "first_token_at": [first[s] for s in samples], "longest_gap": longest_gap,
-                 "stalled_steps": stalls}
-    return outputs, chosen, counters
+    steps = [times[sample] for sample in samples]
+    counters |= {"peak_blocks": peak, "stalled_steps": stalls, "token_steps": steps, "first_token_at": [s[0] for s in steps],
+                 "longest_gap": max((b - a for s in steps for a, b in zip(s, s[1:])), default=0)}
+    return outputs, chosen, counters | measure(llm, counters)
