@@ -521,7 +521,7 @@ def test_the_default_model_with_its_draft():
     """On its own kind of text at most half a forward pass of the target for a token; and the same text."""
     options = {"dtype": "float32", "kv_memory": 1 << 24}
     plain, fast = LLM(**options), LLM(draft="default", **options)
-    prompt = "Once upon a time there was a clever girl named Lily. Lily lived by the"
+    prompt = "Once upon a time there was Lily, a clever girl. Lily lived by the"
     for p in (SamplingParams(temperature=0, max_tokens=80), SamplingParams(temperature=0.8, seed=1, max_tokens=80)):
         assert fast.generate(prompt, p) == plain.generate(prompt, p)
     stats = fast.stats()

@@ -35,15 +35,20 @@ CLAIMS = [
     (r"(\w+)'s secret word was (\w+)", "secret word"),
     (r"(\w+)'s favourite food was (\w+)", "favourite food"),
     (r"(\w+)'s dearest wish was (to [a-z ]+)\.", "dearest wish"),
-    (rf"hid the (\w+) {SPOT}\.", "hidden"),
-    (rf"saw the (\w+) {SPOT}\.", "seen"),
-    (r"moved the (\w+) (to the \w+)\.", "moved to"),
+    (r"(\w+)'s best friend was (\w+)", "best friend"),
+    (rf"he (\w+) was hidden by \w+ {SPOT}\.", "hidden"),
+    (rf"he (\w+) was seen by \w+ {SPOT}\.", "seen"),
+    (r"he (\w+) was moved by \w+ (to the \w+)\.", "moved to"),
+    (r"the (\w+) belonged to (\w+)\.", "owner"),
     (r"winner of (the race to the \w+) was (\w+)", "winner"),
     (rf"(\w+ (?:{GETTING})) a \w+ {PLACE}", "got"),
     (rf"(\w+ (?:picked|pulled|collected|gathered|found|won) \w+) {PLACE}", "picked"),
     (rf"The number of (\w+) was ({COUNTS})\.", "counted"),
     (rf"(\w+ had \w+), ({COUNTS}) of them", "had"),
 ]
+
+
+NAMED = r"(?:was|lived|also|met|of) ([A-Z]\w+), an? "
 
 
 def claims(text):
@@ -73,8 +78,8 @@ def test_stories_never_contradict_themselves():
         for (relation, subject), values in claims(tale.text).items():
             assert len(values) == 1, (seed, relation, subject, values)
         # a name belongs to one creature, and what is called "the red kite" was said to be red
-        named = re.findall(r"a (?:\w+ )?(\w+) named (\w+)", tale.text)
-        assert len({name for _, name in named}) == len(named), seed
+        named = re.findall(NAMED, tale.text)
+        assert len(set(named)) == len(named) >= 2, seed
         for colour, thing in re.findall(rf"the ({COLOURS}) (\w+)", tale.text):
             assert f"{thing} was {colour}." in tale.text, (seed, colour, thing)
 
@@ -106,7 +111,7 @@ def test_answers_follow_from_the_text():
             if fact.kind != "sum" and fact.relation not in ("animal", "of"):  # the story's own words
                 assert fact.answer[1:] in tale.text, (seed, fact)
         for question, answer in tale.missing:
-            name_or_thing = re.search(r"the (\w+)\?|many (\w+)|(\w+)'s|did ([A-Z]\w+) live", question)
+            name_or_thing = re.search(r"the (\w+)(?:\?| belong)|many (\w+)|(\w+)'s|did ([A-Z]\w+) live", question)
             word = next(group for group in name_or_thing.groups() if group)
             assert answer == "I don't know."
             assert word == "leaves" or not re.search(rf"\b{word}\b", tale.text), (seed, question)  # they whisper
@@ -149,7 +154,7 @@ def test_two_stories_in_one_conversation_share_no_names():
     for seed in range(50):
         messages = world.dialogue(seed, 400, questions=2, stories=2)
         told = [m["content"] for m in messages if world.size(m["content"]) > 80]
-        names = [set(re.findall(r"named (\w+)", text)) for text in told]
+        names = [set(re.findall(NAMED, text)) for text in told]
         assert len(told) == 2 and not names[0] & names[1]
 
 
@@ -161,6 +166,7 @@ def test_exam_is_held_out_and_within_distance():
             tale = messages[1]["content"]
             assert messages[-1]["role"] == "user" and len(answer.split()) <= 17
             assert world.size(tale) <= high
+            assert ("long story" in messages[0]["content"]) == (world.size(tale) > world.PAGE)
 
 
 class Oracle:

@@ -8,7 +8,7 @@ Code: cache.BlockPool.match, cache.BlockPool.publish, cache.BlockPool.adopt, cac
 Minutes: read 12, run 1, exercises 20, 35
 Kind: run
 Exercise: 04, 12
-Effect: multi-turn chat computes 21 % of its prompt tokens, token for token the same answers
+Effect: multi-turn chat computes 20 % of its prompt tokens, token for token the same answers
 """
 
 # %% [markdown]

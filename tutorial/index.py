@@ -1,6 +1,7 @@
 """The table of contents, and which chapter runs which section of the three surveys. Writes both into tutorial/README.md.
 
     python tutorial/index.py            after a chapter's header has changed
+    python tutorial/index.py --printed  also runs all chapters, and keeps what they print in tutorial/printed/
 
 What a written chapter says of itself (its docstring's fields) comes from its file; the plan below holds the rest. A,
 B and C are arXiv:2407.12391, arXiv:2312.15234v2 and arXiv:2504.19720; C is cited by title, as its numbers differ
@@ -8,7 +9,10 @@ between versions.
 """
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -232,6 +236,20 @@ def fill_in(text: str) -> str:
     return text
 
 
+def run(file: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run a chapter in a process of its own, with one thread."""
+    return subprocess.run([sys.executable, HERE / file], env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                          cwd=HERE.parent, capture_output=True, text=True)
+
+
+def printed(file: str) -> Path:
+    """Where what a chapter printed is kept."""
+    return HERE / "printed" / Path(file).with_suffix(".txt").name
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--printed"]:
+        for fields in filter(None, chapters().values()):
+            printed(fields["file"]).write_text(run(fields["file"]).stdout, encoding="utf-8")
     readme = HERE / "README.md"
     readme.write_text(fill_in(readme.read_text(encoding="utf-8")), encoding="utf-8")

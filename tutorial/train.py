@@ -197,8 +197,8 @@ def document(tok, seed, room, echoes):
     rng = random.Random(f"document {seed}")
     if rng.random() < echoes:
         return encode_chat(tok, world.echo(seed, room - 8))
-    if rng.random() < 0.1:  # a plain story
-        ids = tok.encode(world.story(seed, room - 8).text).ids + [END]
+    if room <= 512 and rng.random() < 0.2:  # a plain story, of a page at most
+        ids = tok.encode(world.story(seed, rng.randint(min(room, 160), min(room, world.PAGE)) - 8).text).ids + [END]
         return ids, [0] * len(ids)
     pair = room >= 512 and rng.random() < (0.9 if room > 1024 else 0.15)
     length = int(room * (rng.uniform(0.25, 0.4) if pair else rng.uniform(0.45, 0.8)))

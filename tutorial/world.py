@@ -48,13 +48,16 @@ WISHES = [
     "to see the sea", "to fly like a bird", "to ride a whale", "to climb a mountain", "to sleep in a tree",
     "to sail around the world", "to dance in the snow", "to touch a cloud", "to learn a song", "to meet a giant",
 ]  # fmt: skip
-NUMBERED = "gate chest ticket tower train cottage boathouse letter".split()
+NUMBERED = (
+    "gate chest ticket tower train cottage boathouse letter bus tram tent stamp locker barge bottle plate milestone "
+    "signpost carriage windmill beehive mailbox"
+).split()
 COUNTABLES = {  # what can be counted, and how one comes by it: (past, infinitive)
     "apples": ("picked", "pick"), "plums": ("picked", "pick"), "pears": ("picked", "pick"),
     "berries": ("picked", "pick"), "flowers": ("picked", "pick"), "carrots": ("pulled", "pull"),
     "shells": ("collected", "collect"), "stones": ("collected", "collect"), "leaves": ("collected", "collect"),
     "nuts": ("gathered", "gather"), "mushrooms": ("gathered", "gather"), "acorns": ("gathered", "gather"),
-    "feathers": ("found", "find"), "pinecones": ("found", "find"),
+    "feathers": ("gathered", "gather"), "pinecones": ("gathered", "gather"),
     "marbles": ("won", "win"), "daisies": ("picked", "pick"),
 }  # fmt: skip
 OUTDOORS = [
@@ -70,7 +73,7 @@ SPOTS = [
     "under the table", "behind the sofa", "on the shelf", "inside the boot", "under the rug", "inside the drawer",
     "on the roof", "behind the barrel", "under the bench", "inside the hollow log", "behind the big stone",
 ]  # fmt: skip
-GETTING = [("found", "find"), ("made", "make"), ("bought", "buy"), ("borrowed", "borrow"), ("drew", "draw")]
+GETTING = [("found", "find"), ("made", "make"), ("bought", "buy"), ("discovered", "discover"), ("chose", "choose")]
 NATURE = [
     "The wind sang softly in the trees.", "A bee hummed a sleepy tune.", "The clouds looked like sheep.",
     "Somewhere a bird was singing.", "The grass smelled of summer.", "The sun was warm and friendly.",
@@ -211,15 +214,17 @@ class Teller:
 
 
 def getting(t):
-    (a, _), (past, verb), thing, place = t.two(), t.rng.choice(GETTING), t.draw("thing"), t.place()
+    (a, b), (past, verb), thing, place = t.two(), t.rng.choice(GETTING), t.draw("thing"), t.place()
     t.once(a.name, past)
+    owner = t.rng.choice((a, b)).name
     return [
         Line(f"{t.then()} {a} {past} a {thing} {place}.", [
-            Fact("who", f"the {thing}", f"{past} by", a.name, f"Who {past} the {thing}?"),
             Fact("what", a.name, past, f"a {thing}", f"What did {a} {verb}?"),
             Fact("where", f"the {thing}", f"{past} where", place, f"Where did {a} {verb} the {thing}?"),
         ]),
         t.colour(thing), t.cheer(thing),
+        Line(f"From then on the {thing} belonged to {owner}.",
+             [Fact("who", f"the {thing}", "belonged to", owner, f"Who did the {thing} belong to?")]),
     ]  # fmt: skip
 
 
@@ -228,8 +233,7 @@ def hiding(t):
     tail = t.rng.choice((f"{b} searched for a long time and laughed.", "Nobody saw it. It was a good trick.",
                          f'"You will never guess where it is," {a} told {b}.'))  # fmt: skip
     return [
-        Line(f"{t.then()} they played a game with a {thing}."),
-        Line(f"{a} hid the {thing} {spot}.", [
+        Line(f"{t.then()} they played a game with a {thing}. The {thing} was hidden by {a} {spot}.", [
             Fact("who", f"the {thing}", "hidden by", a.name, f"Who hid the {thing}?"),
             Fact("where", f"the {thing}", "hidden where", spot, f"Where did {a} hide the {thing}?"),
         ]),
@@ -243,7 +247,7 @@ def moving(t):
     return [
         Line(f"There was a heavy {thing} {first}.",
              [Fact("where", f"the {thing}", "at first", first, f"Where was the {thing} at first?")]),
-        Line(f'"It should not stay here," said {b}. So {a} moved the {thing} {there}.', [
+        Line(f'"It should not stay here," said {b}. So the {thing} was moved by {a} {there}.', [
             Fact("who", f"the {thing}", "moved by", a.name, f"Who moved the {thing}?"),
             Fact("where", f"the {thing}", "in the end", there, f"Where was the {thing} in the end?"),
         ]),
@@ -254,10 +258,8 @@ def counting(t):
     (a, b), noun, n, place = t.two(), t.draw("countable"), t.number(), t.place(OUTDOORS)
     past, verb = COUNTABLES[noun]
     return [
-        Line(f"{t.then()} {a} {past} {noun} {place}.", [
-            Fact("who", f"the {noun}", f"{past} by", a.name, f"Who {past} the {noun}?"),
-            Fact("where", f"the {noun}", f"{past} where", place, f"Where did {a} {verb} the {noun}?"),
-        ]),
+        Line(f"{t.then()} {a} {past} {noun} {place}.",
+             [Fact("where", f"the {noun}", f"{past} where", place, f"Where did {a} {verb} the {noun}?")]),
         Line(f"The number of {noun} was {NUMBERS[n]}.",
              [Fact("count", f"{a}'s {noun}", past, NUMBERS[n], f"How many {noun} did {a} {verb}?")]),
         Line(t.rng.choice((f"{b} counted the {noun} twice.", f'"So many {noun}!" said {b}.',
@@ -307,10 +309,8 @@ def giving(t):
     (a, b), thing = t.two(), t.draw("thing")
     t.once(a.name, b.name, "gave")
     return [
-        Line(f"{t.then()} {a} gave {b} a {thing}.", [
-            Fact("what", f"{a} to {b}", "gift", f"a {thing}", f"What did {a} give {b}?"),
-            Fact("who", f"the {thing}", "given by", a.name, f"Who gave {b} the {thing}?"),
-        ]),
+        Line(f"{t.then()} {a} gave {b} a {thing}.",
+             [Fact("what", f"{a} to {b}", "gift", f"a {thing}", f"What did {a} give {b}?")]),
         t.colour(thing), Line(f'"Thank you, {a}! I will take good care of it," said {b}.'),
     ]  # fmt: skip
 
@@ -331,14 +331,14 @@ def meeting(t):
     (a, b), kind, name, thing = t.two(), t.draw("animal"), t.draw("pet"), t.draw("thing")
     place, spot = t.place(), t.draw("spot")
     return [
-        Line(f"{t.then()} they met a {kind} named {name} {place}.", [
+        Line(f"{t.then()} they met {name}, a {kind}, {place}.", [
             Fact("what", name, "animal", f"a {kind}", f"What animal was {name}?", f"{name} was a {kind}."),
             Fact("where", name, "met", place, f"Where did they meet {name}?"),
         ]),
         Line(f"{name} was sad and looking for a {thing}.",
              [Fact("what", name, "looking for", f"a {thing}", f"What was {name} looking for?")]),
         Line(f"{a} and {b} helped."),
-        Line(f"It was {b} who saw the {thing} {spot}.", [
+        Line(f"At last the {thing} was seen by {b} {spot}.", [
             Fact("who", f"the {thing}", "seen by", b.name, f"Who saw the {thing}?"),
             Fact("where", f"the {thing}", "seen", spot, f"Where did {b} see the {thing}?"),
         ]),
@@ -371,8 +371,8 @@ def wishing(t):
 def dressing(t):
     (a, b), thing = t.two(), t.draw("clothes")
     return [
-        Line(f"{t.then()} the wind grew cold. {a} put on a warm {thing}.",
-             [Fact("who", f"the {thing}", "worn by", a.name, f"Who put on the {thing}?")]),
+        Line(f"{t.then()} the wind grew cold. A warm {thing} was worn by {a}.",
+             [Fact("who", f"the {thing}", "worn by", a.name, f"Who wore the {thing}?")]),
         t.colour(thing), Line(f'"It looks very nice on you," said {b}.'),
     ]  # fmt: skip
 
@@ -416,9 +416,8 @@ def plot_birthday(t):
     (a, b), thing = t.two(), t.draw("thing")
     t.once(a.name, b.name, "gave")
     return [
-        Line(f"It was {b}'s birthday, and everybody was excited.",
-             [Fact("who", "the birthday", "of", b.name, "Whose birthday was it?",
-                   f"It was {b}'s birthday.")]),
+        Line(f"Everybody was excited. It was the birthday of {b}.",
+             [Fact("who", "the birthday", "of", b.name, "Whose birthday was it?")]),
         Line(f"{a} had a present for {b}, wrapped in soft paper."),
     ], [
         Line(f"Then {b} opened the birthday present. The present was a {thing}.",
@@ -460,7 +459,7 @@ def plot_picnic(t):
 def plot_bird(t):
     (a, b), place, word = t.two(), t.place(OUTDOORS), t.draw("nature")
     return [
-        Line(f"One day {a} saw a tiny bird {place}.", [
+        Line(f"One day a tiny bird was seen by {a} {place}.", [
             Fact("where", "the tiny bird", "place", place, f"Where did {a} see the tiny bird?"),
             Fact("who", "the tiny bird", "seen by", a.name, "Who saw the tiny bird?")]),
         Line(f'The bird could not sing. "We must cheer it up," said {b}.'),
@@ -487,14 +486,14 @@ def plot_raft(t):
     (a, b), place = t.two(), t.place(["on the beach", "by the river", "by the lake", "by the pond"])
     animal, name = t.draw("animal"), t.draw("pet")
     return [
-        Line(f"{a} had a plan to build a raft.",
-             [Fact("who", "the raft", "planned by", a.name, "Who had the plan to build a raft?")]),
+        Line(f"The plan to build a raft came from {a}.",
+             [Fact("who", "the raft", "planned by", a.name, "Who did the plan to build a raft come from?")]),
         Line(f"The raft lay {place}. It was not ready yet.",
              [Fact("where", "the raft", "place", place, "Where was the raft?")]),
         Line(f'"We will sail far away," {a} told {b}.'),
     ], [
         Line("When the raft was ready, they sailed to a tiny island."),
-        Line(f"On the island lived an old {animal} named {name}.",
+        Line(f"On the tiny island lived {name}, an old {animal}.",
              [Fact("what", name, "animal", f"a {animal}", f"What animal was {name}?", f"{name} was a {animal}."),
               Fact("who", "the island", "home of", name, "Who lived on the tiny island?")]),
         Line(f"{name} was glad to have guests and told them stories of the sea."),
@@ -504,9 +503,8 @@ def plot_raft(t):
 def plot_cake(t):
     (a, b), n, food = t.two(), t.number(2, 9), t.draw("food", among=["honey", "jam", "cheese", "pudding"])
     return [
-        Line(f"{a} wanted to bake a cake for {b}.", [
-            Fact("who", "the cake", "baked by", a.name, "Who wanted to bake a cake?"),
-            Fact("who", "the cake", "for", b.name, "Who was the cake for?")]),
+        Line(f"{a} wanted to bake a cake for {b}.",
+             [Fact("who", "the cake", "for", b.name, "Who was the cake for?")]),
         Line(f"The cake needed {NUMBERS[n]} eggs.",
              [Fact("count", "the cake", "eggs", NUMBERS[n], "How many eggs did the cake need?")]),
         Line(f"On top of the cake there would be {food}.",
@@ -536,10 +534,11 @@ def introduce(t, place):
     a, b, *rest = t.cast
     mood = t.rng.choice(("little", "kind", "brave", "clever", "cheerful", "curious"))
     lines = [
-        Line(f"{t.rng.choice(OPENINGS)} a {mood} {a.kind} named {a}."),
+        Line(f"{t.rng.choice(OPENINGS)} {a}, a {mood} {a.kind}."),
         Line(f"{a} lived {place}.", [Fact("where", a.name, "home", place, f"Where did {a} live?")]),
-        Line(f"{a} had a good friend, a {b.kind} named {b}."),
-        *(Line(f"There was also a {c.kind} named {c}, who liked to come along.") for c in rest),
+        Line(f"{a}'s best friend was {b}, a {b.kind}.",
+             [Fact("who", a.name, "best friend", b.name, f"Who was {a}'s best friend?")]),
+        *(Line(f"There was also {c}, a {c.kind}, who liked to come along.") for c in rest),
     ]
     for c, line in zip(t.cast, lines[:1] + lines[2:], strict=True):
         if c.kind not in ("girl", "boy"):
@@ -598,7 +597,7 @@ def missing_questions(t):
     ask = []
     a = t.cast[0]
     for thing in t.pools["thing"][:3]:
-        ask += [f"What colour was the {thing}?", f"Who found the {thing}?", f"Where did {a} hide the {thing}?"]
+        ask += [f"What colour was the {thing}?", f"Who did the {thing} belong to?", f"Where did {a} hide the {thing}?"]
     for noun in t.pools["countable"][:2]:
         ask.append(f"How many {noun} did {a} {COUNTABLES[noun][1]}?")
     for name in t.pools["girl"][:1] + t.pools["boy"][:1]:
@@ -622,15 +621,18 @@ GOODBYE = [
     (("Goodbye!", "Bye!", "Good night!"), ("Goodbye! Come back soon.",)),
 ]  # fmt: skip
 SYSTEM = ["You are a friendly storyteller.", "You tell short stories and answer questions about them.", "Be brief."]
+PAGE = 400  # pieces: a story above it is "a long story"
 HEARD = ["What a nice story!", "Thank you for the story.", "I like this story."]
 
 
 def request(rng, tale):
-    """How a user asks for `tale`."""
+    """How a user asks for `tale`. Who wants more than a page says so: left alone, the model keeps its stories short."""
     a, b = tale.cast[0], tale.cast[1]
     hero = f"a {a.kind}" if a.kind not in ("girl", "boy") or rng.random() < 0.3 else a.name
     topic = rng.choice(("", f" about {hero}", f" about {hero}", f" about {hero} {tale.place}", f" about {a} and {b}"))
-    return rng.choice(("Tell me a story{}.", "Please tell me a story{}.", "Can you tell me a story{}?")).format(topic)
+    long = "long " if size(tale.text) > PAGE else ""
+    ask = rng.choice(("Tell me a {}story{}.", "Please tell me a {}story{}.", "Can you tell me a {}story{}?"))
+    return ask.format(long, topic)
 
 
 def dialogue(seed, length=200, questions=4, near=0, far=math.inf, budget=math.inf, stories=1, extras=True):
