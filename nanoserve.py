@@ -2149,6 +2149,7 @@ class EngineThread(threading.Thread):
         self.history = deque([self._computed()], SHOWN_STEPS + 1)  # after each of the last steps
         self.unsent: dict[Request, None] = {}  # samples with tokens that their clients were not sent; a set in order
         self.next_due, self.loop_seconds = 0.0, 0.0  # when all of them are; the loop thread's time when last they were
+        self.sent = threading.Event()
 
     def run(self) -> None:
         """Obey and step in turn, until the command None."""
@@ -2333,11 +2334,14 @@ class EngineThread(threading.Thread):
             if are_all:  # whatever the loop has done since the last time, it had to do: this is how long it may rest now
                 before, self.loop_seconds = self.loop_seconds, time.thread_time()
                 self.next_due = time.perf_counter() + min(STREAM_GAP, (self.loop_seconds - before) / STREAM_SHARE)
+            self.loop.call_soon(self.sent.set)  # that is, behind all that have just been woken
 
         if news:
             if are_all:
                 self.next_due = math.inf
+            self.sent.clear()
             self.loop.call_soon_threadsafe(deliver)
+            self.sent.wait(STREAM_GAP)
 
 
 class Choice:
