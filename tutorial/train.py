@@ -7,7 +7,7 @@
 
 Each process computes its share of a step's rows: `torchrun --nproc-per-node 2 tutorial/train.py main` is the faster way
 on a few cores, because single-threaded processes meet once per step instead of at every operation. `--compile` saves
-another fifth where there is a C++ compiler. About an hour and a half on two cores for both models.
+another fifth where there is a C++ compiler. About two hours on two cores for both models.
 Checkpoints go to work/ (--resume continues from there, --steps and --lr then may differ). The files written are an
 ordinary Hugging Face Llama checkpoint: any engine that reads Llama reads them.
 
