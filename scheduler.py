@@ -426,9 +426,7 @@ class Scheduler:
             return False
         self.policy.sampled(request, request.width)
         if request.has_targets:
-            now, target = self.clock(), request.itl_target if request.num_output else request.ttft_target
-            request.in_time &= target is None or now - request.last_token <= target
-            request.last_token = now
+            self._time_token(request)
         return True
 
     def accept(self, request: Request) -> bool:
@@ -515,9 +513,7 @@ class Scheduler:
             if self._num_gone > self.num_waiting + 64:
                 self._sweep()
         if request.has_targets:
-            late = request.deadline is not None and self.clock() > request.arrived + request.deadline
-            self.num_with_targets += 1
-            self.num_in_time += reason != "abort" and request.in_time and not late
+            self._count_goodput(request)
 
     def take_expired(self) -> list[Request]:
         """Who was ended by a deadline since the last call."""
@@ -538,6 +534,23 @@ class Scheduler:
         assert len(self.waiting) == self.num_waiting
         assert sum(map(len, self._lanes.values())) == self.num_waiting + self._num_gone
         assert sorted(map(repr, self._lanes)) == sorted(repr(lane) for *_, lane in self._heads)
+
+    def _time_token(self, request: Request) -> None:
+        """Hold the token that is about to be appended against its target: the first against `ttft_target`, in seconds since
+        the request arrived, any other against `itl_target`, since the token before it. None is no target, and just in time
+        is in time. Who misses one is not `in_time` any more, however fast the others come.
+        """
+        now, target = self.clock(), request.itl_target if request.num_output else request.ttft_target
+        request.in_time &= target is None or now - request.last_token <= target
+        request.last_token = now
+
+    def _count_goodput(self, request: Request) -> None:
+        """Count a request that has ended and had targets or a deadline; in `num_in_time` too unless it was aborted, missed a
+        target, or ended more than `deadline` seconds after it arrived: its last step may have begun in time.
+        """
+        late = request.deadline is not None and self.clock() > request.arrived + request.deadline
+        self.num_with_targets += 1
+        self.num_in_time += request.finish_reason != "abort" and request.in_time and not late
 
     def _plan_drafts(self, plan, budget):
         """Raise n by up to `max_drafts` where a request catches up: with what everybody else has left, in equal shares.

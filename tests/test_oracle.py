@@ -684,7 +684,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "a late end is in time": [("scheduler", "request.in_time and not late", "request.in_time")],
     "the first token has the target of the others": [
         ("scheduler", "request.itl_target if request.num_output else request.ttft_target", "request.itl_target")],
-    "a target is for the sum of all steps": [("scheduler", "            request.last_token = now\n", "")],
+    "a target is for the sum of all steps": [("scheduler", "        request.last_token = now\n", "")],
     "a missed target is made up for": [("scheduler", "request.in_time &= target", "request.in_time = target")],
     # swapping
     "an aborted request keeps its host slots": [("scheduler", "self.pool.free_slots += request.host_slots", "pass")],

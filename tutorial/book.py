@@ -1,4 +1,4 @@
-"""What the chapters share: options, predictions, tables, figures, and workloads with names.
+"""What the chapters share: options, predictions, tables, measures, figures, and workloads with names.
 
 A chapter is a script with `# %%` cells: run it, or open it in an editor that shows cells. All of them take
 
@@ -61,6 +61,25 @@ def bars(values: dict[str, float], unit: str = "", title: str = "") -> None:
         print(f"  {name:<{width}}  {'#' * round(48 * value / most):<48}  {value:,.4g} {unit}".rstrip())
 
 
+def quantile(values, share: float) -> float:
+    """The value that `share` of the values lie below."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def experience(at: float, times: list[float], first: float, reads: float) -> float:
+    """Quality of experience of an answer asked for `at` whose tokens came at `times`: 1 if its reader never waited.
+
+    After Andes (arXiv:2404.16283): 1 - (delay of what is read, summed over tokens) / (the same had all been read at the
+    very end). The reader wishes the first token `first` after asking, and then `reads` tokens per unit of time: what comes
+    earlier waits to be read, and what comes later can not be caught up with faster than one reads.
+    """
+    due, read, last = [at + first + i / reads for i in range(len(times))], [], -math.inf
+    for wish, came in zip(due, times):
+        read.append(last := max(wish, came, last + 1 / reads))
+    return 1.0 if last <= due[-1] else 1 - (sum(read) - sum(due)) / (len(due) * last - sum(due))
+
+
 class Timer:
     """`with Timer() as t: ...` then t.seconds."""
 
@@ -103,12 +122,16 @@ def figure(args: argparse.Namespace, name: str, columns: int = 1, size: tuple[fl
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from PIL import Image
 
     with plt.rc_context(STYLE):
         drawing, axes = plt.subplots(1, columns, figsize=size)
         yield axes
         (HERE / "figures").mkdir(exist_ok=True)
-        drawing.savefig(HERE / "figures" / f"{name}.png", metadata={"Software": None})
+        path = HERE / "figures" / f"{name}.png"
+        drawing.savefig(path, metadata={"Software": None})
+        with Image.open(path) as image:  # a third of the bytes, and nobody sees it
+            image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
         plt.close(drawing)
 
 

@@ -81,8 +81,8 @@ class Clock:
 
     def first(self, share=0.5, long=False):
         """Quantile of the time to first token."""
-        waits = sorted(t[0] - job.at for t, job in zip(self.tokens, self.jobs) if not long or job.prompt >= 500)
-        return waits[min(len(waits) - 1, int(share * len(waits)))]
+        waits = (t[0] - job.at for t, job in zip(self.tokens, self.jobs) if not long or job.prompt >= 500)
+        return book.quantile(waits, share)
 
     @property
     def longest_gap(self):

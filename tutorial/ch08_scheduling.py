@@ -111,25 +111,13 @@ class Run:
         pairs = list(zip(self.times, jobs))
         self.end = sum(times[-1] - job.at for times, job in pairs) / len(jobs)
         self.goodput = 100 * s.num_in_time / s.num_with_targets  # % that met both targets, as the scheduler counts it
-        self.experience = 100 * sum(quality(job.at, times) for times, job in pairs) / len(jobs)
+        self.experience = 100 * sum(book.experience(job.at, times, FIRST, READS) for times, job in pairs) / len(jobs)
 
     def first(self, share=None, least=0, most=LIMIT, tenant=""):
         """Time to first token of those with so many tokens out: a quantile, or without `share` the mean."""
-        waits = sorted(times[0] - job.at for times, job in zip(self.times, self.jobs)
-                       if least <= job.output <= most and job.tenant.startswith(tenant))
-        return sum(waits) / len(waits) if share is None else waits[min(len(waits) - 1, int(share * len(waits)))]
-
-
-def quality(at, times):
-    """After Andes: 1 - (delay of what is read, summed over tokens) / (the same had all been read at the very end).
-
-    A reader wishes the first token FIRST after asking, and the others as fast as one reads. What comes earlier waits.
-    """
-    due = at + FIRST + np.arange(len(times)) / READS
-    read, last = [], -math.inf
-    for wish, came in zip(due, times):
-        read.append(last := max(wish, came, last + 1 / READS))
-    return 1.0 if read[-1] <= due[-1] else float(1 - (np.array(read) - due).sum() / (read[-1] - due).sum())
+        waits = [times[0] - job.at for times, job in zip(self.times, self.jobs)
+                 if least <= job.output <= most and job.tenant.startswith(tenant)]
+        return sum(waits) / len(waits) if share is None else book.quantile(waits, share)
 
 
 # %% [markdown]

@@ -58,6 +58,7 @@ def serve(exercise) -> tuple[list[list[int]], list[list[float]], dict[str, objec
     llm, requests, times = engine(**exercise.ENGINE), [], {}  # times: for each sample the steps in which it got a token
     before_step = getattr(exercise, "before_step", lambda llm: None)
     measure = getattr(exercise, "measure", lambda llm, counters: {})
+    llm.scheduler.clock = lambda: llm.counts["computed_tokens"]  # a step takes as many seconds as it has tokens
     arrivals = list(exercise.REQUESTS)  # (step, prompt, sampling options)
     step = stalls = peak = 0
     while arrivals or llm.has_work():
@@ -85,7 +86,8 @@ def serve(exercise) -> tuple[list[list[int]], list[list[float]], dict[str, objec
     samples = [sample for request in requests for sample in request.samples]
     outputs = [s.tokens[s.num_prompt:] for s in samples]
     chosen = [[entry[token] for entry, token in zip(s.logprobs[-len(out):], out)] for s, out in zip(samples, outputs)]
-    counters = {name: stats[name] for name in ("steps", "computed_tokens", "hit_tokens", "preemptions", "output_tokens")}
+    counters = {name: stats[name] for name in ("steps", "computed_tokens", "hit_tokens", "preemptions", "output_tokens",
+                                               "with_targets", "goodput")}
     steps = [times[sample] for sample in samples]
     counters |= {"peak_blocks": peak, "stalled_steps": stalls, "token_steps": steps, "first_token_at": [s[0] for s in steps],
                  "longest_gap": max((b - a for s in steps for a, b in zip(s, s[1:])), default=0)}

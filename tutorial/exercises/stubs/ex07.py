@@ -89,9 +89,7 @@ def advance(self, request: Request, n: int) -> bool:
         return False
     self.policy.sampled(request, request.width)
     if request.has_targets:
-        now, target = self.clock(), request.itl_target if request.num_output else request.ttft_target
-        request.in_time &= target is None or now - request.last_token <= target
-        request.last_token = now
+        self._time_token(request)
     return True
 
 
