@@ -931,7 +931,7 @@ class BeamSearch:
         options = sorted(((self.scores[parent] + logprob, parent, token) for parent, nexts in self.options.items()
                           for token, logprob in nexts.items() if logprob > -math.inf), key=lambda option: -option[0])
         chosen: list[tuple[Request, int, float]] = []
-        for score, parent, token in options:
+        for score, parent, token in options[:n] if length == most else options:  # no more than n of one length can be kept
             if len(chosen) == n:
                 break
             if token in self.stop_ids or length == most:
@@ -1184,8 +1184,9 @@ class LLM:
         self.num_drafts, self.drafter = num_drafts or 8, self._pick_drafter(draft, folder)
         models = [self.model, self.drafter] if isinstance(self.drafter, GPT) else [self.model]
         kv_dtype = KV_DTYPES[kv_dtype]
-        if kv_dtype is torch.bfloat16 and self.device.type == "cuda" and self.model.dtype is not torch.bfloat16:
-            raise ValueError(f"kv_dtype: on a GPU bfloat16 needs a model in bfloat16, not {str(self.model.dtype)[6:]}")
+        wider = [m.dtype for m in models if m.dtype is not torch.bfloat16]
+        if kv_dtype is torch.bfloat16 and self.device.type == "cuda" and wider:
+            raise ValueError(f"kv_dtype: on a GPU bfloat16 needs models in bfloat16, not {str(wider[0])[6:]}")
         block_bytes = sum(KVCache.bytes_per_block(c.num_layers, block_size, c.num_kv_heads, c.head_dim,
                                                   (kv_dtype or m.dtype).itemsize) for m in models for c in (m.config,))
         num_blocks = self._num_blocks(block_bytes, kv_memory, block_size, max_batch_requests)
@@ -1721,7 +1722,7 @@ class LLM:
             self.scheduler.branch(samples, *list(zip(*chosen))[:2])
             self.counts["output_tokens"] += len(chosen)
             for sample, own in zip(samples, edits):
-                sample.edits = own
+                sample.edits, sample.detokenizer = own, None  # what somebody read meanwhile was another hypothesis
             search.scores = {sample: score for sample, (_, _, score) in zip(samples, chosen)}
             for sample in samples[len(chosen):]:
                 if sample.status == RUNNING:
@@ -1735,8 +1736,9 @@ class LLM:
         for sample, found in zip_longest(search.request.samples, search.ended):
             _, sample.cumulative_logprob, sample.tokens, reason = found or (
                 0, -math.inf, sample.tokens[: sample.num_prompt], "abort")
-            sample.ended_by_token = reason == "stop"
+            sample.ended_by_token, sample.detokenizer = reason == "stop", None
             self.scheduler.finish(sample, reason)
+            self.counts["output_tokens"] += bool(found)  # its last one; those before were counted as they came
             self.counts["finished" if found else "aborted"] += 1
 
     def _verify(self, request, drafts, results):
@@ -2088,7 +2090,8 @@ class Job:
         if not isinstance(self.tenant, (str, type(None))):
             raise ValueError(f"user: must be a text, got {self.tenant!r}")
         self.num_samples = len(self.source) * self.params.n
-        texts = chain(*([m["content"] for m in source] if is_chat else [source] for source in self.source))
+        # All of a message counts: its role and name may be long too, and thousands of empty ones make a long prompt.
+        texts = chain(*(map(str, source) if is_chat else [source] for source in self.source))
         self.is_short = sum(len(text) for text in texts if isinstance(text, str)) < SHORT_TEXT
         self.prompts: list[list[int]] = []  # token ids, once `tokenize` has run
         # The engine thread's:

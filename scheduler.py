@@ -247,7 +247,8 @@ class Fair(Policy):
     def admitted(self, request, is_empty):
         """Raise the floor to the tenant's counter, and that by the prompt. If nobody waits now, the floor goes with it."""
         self.floor = self.level(request.tenant)
-        first = self.input_weight * request.num_prompt if not request.num_preemptions else 0
+        is_first = not request.num_preemptions and not request.num_output  # else it was preempted, or parked
+        first = self.input_weight * request.num_prompt if is_first else 0
         self.counters[request.tenant] = self.floor + first
         if is_empty:
             self.floor += first

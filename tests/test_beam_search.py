@@ -9,6 +9,7 @@ import torch
 from test_engine import CONFIG, engine, is_clean
 
 from nanoserve import GPT, LLM, ModelConfig, SamplingParams
+from scheduler import FINISHED, Fair
 
 torch.set_num_threads(1)
 STOP = 3
@@ -120,7 +121,9 @@ def test_one_hypothesis_is_greedy_and_keeps_its_edits():
     options = dict(max_tokens=30, ignore_eos=True, repetition_penalty=1.2, frequency_penalty=0.4, min_tokens=3,
                    logit_bias={7: 1.5})
     greedy, = engine().generate([[1, 2, 3]], SamplingParams(temperature=0, **options))
-    searched, = engine().generate([[1, 2, 3]], SamplingParams(beam_search=True, **options))
+    llm = engine()
+    searched, = llm.generate([[1, 2, 3]], SamplingParams(beam_search=True, **options))
+    assert llm.stats()["output_tokens"] == 30
     assert searched.token_ids == greedy.token_ids and searched.cumulative_logprob < 0 and greedy.cumulative_logprob is None
 
 
@@ -139,6 +142,29 @@ def test_hypotheses_share_the_blocks_of_what_they_have_in_common():
     assert llm.stats()["computed_tokens"] - before == 8  # nothing twice
     llm.abort(request.samples[3])  # one of them alone means nothing
     assert request.is_over and is_clean(llm) and not llm.has_work()
+
+
+def test_who_reads_along_does_not_spoil_the_texts():
+    """From round to round a sample is another hypothesis, with another text."""
+    params = SamplingParams(beam_search=True, n=4, max_tokens=10, ignore_eos=True)
+    want = engine(tokenizer="byte_level").generate([[5, 6, 7]], params)
+    llm = engine(tokenizer="byte_level")
+    request = llm.add_request([5, 6, 7], params)
+    while llm.has_work():
+        for sample in llm.step():
+            assert sample.status == FINISHED or llm.text(sample) == llm.tokenizer.decode(sample.tokens[3:])
+    assert [llm.output(sample).text for sample in request.samples] == [output.text for output in want]
+
+
+def test_a_tenant_pays_for_the_prompt_once():
+    """However often its hypotheses are parked and queue again: like tokens, prompts are counted when first computed."""
+    for blocks in (200, 9):
+        llm = engine(blocks, policy=Fair(input_weight=3, output_weight=2))
+        llm.add_request(list(range(8)), SamplingParams(beam_search=True, n=4, max_tokens=12, ignore_eos=True), tenant="x")
+        while llm.has_work():
+            llm.step()
+        assert llm.scheduler.policy.counters == {"x": 3 * 8 + 2 * 4 * 12}
+    assert llm.stats()["preemptions"]
 
 
 def test_fewer_sequences_than_hypotheses():

@@ -690,6 +690,15 @@ def test_a_long_text_being_tokenized_stalls_nobody(serving, monkeypatch):
     assert answers
 
 
+@pytest.mark.parametrize("messages, is_short", [
+    ([{"role": "user", "content": "hi"}], True), ([{"role": "user", "content": "hi" * 500}], False),
+    ([{"role": "user" * 250, "content": ""}], False), ([{"role": "user", "name": "me" * 500, "content": ""}], False),
+    ([{"role": "user", "content": ""}] * 1000, False)], ids=range(5))
+def test_a_short_chat_is_one_that_makes_a_short_prompt(messages, is_short):
+    """A template writes more than the contents. Hundreds of thousands of empty messages take it seconds."""
+    assert Job({"messages": messages}, is_chat=True).is_short == is_short
+
+
 @pytest.mark.parametrize("path, body", [("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [5]})])
 def test_who_leaves_before_a_text_is_read_leaves_no_work(serving, monkeypatch, path, body):
     llm, go, began = make(), threading.Event(), []
@@ -993,6 +1002,7 @@ def test_stopping(serving, drain, streamed):
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
 def test_stopping_before_a_text_is_tokenized(serving, monkeypatch, path):
     """It was not queued yet when the engine was told to end, and gets an answer all the same."""
+    monkeypatch.setattr(nanoserve, "SHORT_TEXT", 0)
     llm, entered, go = make(), threading.Event(), threading.Event()
     server, encode, received = serving(llm), llm.tokenizer.encode, []
 
