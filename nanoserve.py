@@ -925,7 +925,7 @@ class BeamSearch:
         return self.request.params.n + len(self.stop_ids)
 
     def choose(self) -> list[tuple[Request, int, float]]:
-        """End the round: (parent, next token, score) of those that go on. None: the search is over."""
+        """End the round: (parent, next token, score) of those that go on. Empty when the search is over."""
         n, power = self.request.params.n, self.request.params.length_penalty
         length, most = next(iter(self.options)).num_output + 1, self.request.max_tokens
         options = sorted(((self.scores[parent] + logprob, parent, token) for parent, nexts in self.options.items()
@@ -1379,8 +1379,10 @@ class LLM:
         """The text of one completion, piece by piece as it comes, until its deadline if it has one. Leaving the loop early
         aborts the request. ValueError if it can not be served, or fails on the way.
         """
-        if params and (params.n > 1 or params.beam_search):
-            raise ValueError(f"n: a stream is one sample, got n={params.n}, beam_search={params.beam_search}")
+        if params and params.n > 1:
+            raise ValueError(f"n: a stream is one sample, got n={params.n}")
+        if params and params.beam_search:
+            raise ValueError("beam_search: can not be streamed, as what is likeliest changes until the end")
         request, shown = self.add_request(prompt, params), 0
         try:
             while True:  # others may step, and finish this request, while we wait at the yield
@@ -1470,7 +1472,8 @@ class LLM:
         them that finished and missed none · blocks_swapped_out, blocks_swapped_in, blocks_swap_freed: those whose copies on
         the host were not needed · waiting, running · blocks_used, blocks_cached (free, but matching a prefix), blocks_free ·
         schedule_seconds, pack_seconds, launch_seconds, wait_seconds, commit_seconds: of the parts of a step, one after the
-        other. A CPU computes the model in "launch"; for a GPU, which only then begins, the host is idle in "wait".
+        other, a drafter's work in the first. A CPU computes the model in "launch"; for a GPU, which only then begins, the
+        host is idle in "wait".
         """
         scheduler, seconds = self.scheduler, self.watch.seconds.items()
         return {**self.counts, "draft_passes": getattr(self.drafter, "num_passes", 0),
@@ -1717,29 +1720,38 @@ class LLM:
                     self.scheduler.park(sample)
             return []
         elif chosen := search.choose():
-            samples = sorted(samples, key=lambda sample: sample.status != RUNNING)  # who has a place keeps it
-            edits = [parent.edits and parent.edits.copy() for parent, _, _ in chosen]
-            self.scheduler.branch(samples, *list(zip(*chosen))[:2])
-            self.counts["output_tokens"] += len(chosen)
-            for sample, own in zip(samples, edits):
-                sample.edits, sample.detokenizer = own, None  # what somebody read meanwhile was another hypothesis
-            search.scores = {sample: score for sample, (_, _, score) in zip(samples, chosen)}
-            for sample in samples[len(chosen):]:
-                if sample.status == RUNNING:
-                    self.scheduler.park(sample)
+            self._next_round(search, chosen)
         else:
             self._end_search(search)
+        for sample in samples:
+            sample.detokenizer = None  # what somebody has read meanwhile was another hypothesis
         return samples
+
+    def _next_round(self, search, chosen):
+        samples = sorted(search.request.samples, key=lambda sample: sample.status != RUNNING)  # who has a place keeps it
+        parents, tokens, scores = zip(*chosen)
+        edits = [parent.edits and parent.edits.copy() for parent in parents]
+        self.scheduler.branch(samples, parents, tokens)
+        self.counts["output_tokens"] += len(chosen)
+        for sample, own in zip(samples, edits):
+            sample.edits = own
+        search.scores = dict(zip(samples, scores))
+        for sample in samples[len(chosen):]:
+            if sample.status == RUNNING:
+                self.scheduler.park(sample)
 
     def _end_search(self, search):
         """Give the samples what the search has found, the best one first. It may have found fewer than n."""
         for sample, found in zip_longest(search.request.samples, search.ended):
-            _, sample.cumulative_logprob, sample.tokens, reason = found or (
-                0, -math.inf, sample.tokens[: sample.num_prompt], "abort")
-            sample.ended_by_token, sample.detokenizer = reason == "stop", None
+            if found:
+                _, sample.cumulative_logprob, sample.tokens, reason = found
+                self.counts["output_tokens"] += 1  # its last one; those before were counted as they came
+                self.counts["finished"] += 1
+            else:
+                sample.cumulative_logprob, sample.tokens, reason = -math.inf, sample.tokens[: sample.num_prompt], "abort"
+                self.counts["aborted"] += 1
+            sample.ended_by_token = reason == "stop"
             self.scheduler.finish(sample, reason)
-            self.counts["output_tokens"] += bool(found)  # its last one; those before were counted as they came
-            self.counts["finished" if found else "aborted"] += 1
 
     def _verify(self, request, drafts, results):
         """Append what was sampled after each draft, as long as the drafts are what was sampled before them."""
@@ -1863,6 +1875,17 @@ def keep_freed_memory() -> None:
         pass
 
 
+def release_threads() -> None:
+    """Have OpenMP end the threads that wait for the calling one's next operation, before another one begins to compute: as
+    soon as there are more of them than cores, all stop spinning while they wait, and each operation has to wake them up.
+    On two cores that took a third of a small model's throughput.
+    """
+    try:
+        ctypes.CDLL(None).omp_pause_resource_all(1)  # omp_pause_soft: they come back when needed
+    except (OSError, AttributeError, TypeError):
+        pass
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 itself, rather than through float32."""
     if platform.machine().lower() in ("x86_64", "amd64"):
@@ -1900,7 +1923,7 @@ MAX_LOGPROBS = 20  # of a token; hundreds for each fill the memory, and writing 
 SHORT_BODY, SHORT_TEXT = 64 << 10, 1000  # bytes, characters that are read at once; longer ones in a thread
 SPARE_FILES = 64  # beside the connections: the log, the model, surplus clients while they are told
 PAGE = Path(__file__).parent / "tutorial" / "page.html"
-STREAM_SHARE, STREAM_GAP = 0.05, 0.1  # of the time, for the loop thread; seconds between two events, if it can keep up
+STREAM_SHARE, STREAM_GAP = 0.025, 0.1  # of the time, for the loop thread; seconds between two events, if it can keep up
 LOOKS_A_SECOND, LOOKS_SHARE = 20, 0.015  # how often the page gets a new state at most, and what share of the time that takes
 SHOWN_STEPS, SHOWN_WAITING = 120, 32  # in each of them
 CACHED_BLOCK, SHARED_BLOCK, SCRATCH_BLOCK = -1, -2, -3  # 0 is a free one, i the i-th running request's
@@ -2101,7 +2124,7 @@ class Job:
         self.mailbox: asyncio.Queue[Update | HTTPError | None] = asyncio.Queue()  # the loop's; None: the job is accepted
 
     def tokenize(self, llm: LLM) -> None:
-        """Turn texts into token ids. It takes long for long ones, which neither of the two threads should do then."""
+        """Turn texts into token ids. Long texts take long, and are left to a third thread."""
         self.prompts = [encode(llm.tokenizer, source) for source in self.source]
         if self.is_chat and self.params.max_tokens is None:
             self.params.max_tokens = max(1, self.params.min_tokens, llm.longest_request - len(self.prompts[0]))
@@ -2151,8 +2174,8 @@ class EngineThread(threading.Thread):
         self.is_paused, self.delay, self.next_step = False, 0.0, 0.0  # seconds between the starts of two steps
         self.history = deque([self._computed()], SHOWN_STEPS + 1)  # after each of the last steps
         self.unsent: dict[Request, None] = {}  # samples with tokens that their clients were not sent; a set in order
-        self.next_due, self.loop_seconds = 0.0, 0.0  # when all of them are; the loop thread's time when last they were
-        self.sent = threading.Event()
+        self.next_due = 0.0  # when all of them are to be sent; infinity while that is under way
+        self.loop_seconds = 0.0  # CPU time of the loop thread when that was done last
 
     def run(self) -> None:
         """Obey and step in turn, until the command None."""
@@ -2292,7 +2315,7 @@ class EngineThread(threading.Thread):
                 news.append((job, update))
             if isinstance(update, HTTPError) or len(job.finished) == job.num_samples:
                 self.forget(job)
-        self._post(news, are_due)
+        self._post(news, sets_pace=are_due)
 
     def _update(self, job, index, request) -> Update | None:
         progress, is_finished = job.progress[request], request.status == FINISHED
@@ -2330,21 +2353,18 @@ class EngineThread(threading.Thread):
         log.error("a request failed", exc_info=error)
         return HTTPError(500, STEP_FAILED)
 
-    def _post(self, news, are_all=False):
+    def _post(self, news, sets_pace=False):
         def deliver():
             for job, item in news:
                 job.mailbox.put_nowait(item)
-            if are_all:  # whatever the loop has done since the last time, it had to do: this is how long it may rest now
+            if sets_pace:  # whatever the loop has done since the last time, it had to do: this is how long it may rest now
                 before, self.loop_seconds = self.loop_seconds, time.thread_time()
                 self.next_due = time.perf_counter() + min(STREAM_GAP, (self.loop_seconds - before) / STREAM_SHARE)
-            self.loop.call_soon(self.sent.set)  # that is, behind all that have just been woken
 
         if news:
-            if are_all:
+            if sets_pace:
                 self.next_due = math.inf
-            self.sent.clear()
             self.loop.call_soon_threadsafe(deliver)
-            self.sent.wait(STREAM_GAP)
 
 
 class Choice:
@@ -2703,6 +2723,7 @@ class Server(contextlib.AbstractContextManager):
         self._looking: asyncio.Task | None = None  # the look that all watchers wait for
         self._event, self._shown, self._next_look, self._next_beat = b"", None, 0.0, 0.0
         started: concurrent.futures.Future = concurrent.futures.Future()
+        release_threads()  # this thread's; from now on the engine thread computes
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main(host, port, started)),
                                         name="nanoserve loop", daemon=True)
         self._thread.start()

@@ -18,6 +18,9 @@ already: the request has caught up again (`accept`). Drafts only fill what a ste
                                  ▲                        │
                                  └──── preempt: blocks freed, tokens kept; num_computed = 0, or blocks swapped out
 
+The hypotheses of a beam search wait for each other: those that are ready early are `park`ed, in neither queue, until all are
+and `branch` gives each its next tokens.
+
 Invariants (numbered as the tests quote them):
   1. 0 <= num_computed <= len(tokens); a step computes (tokens + drafts)[num_computed : num_computed + n], n >= 1.
   2. A request samples in a step exactly when that step brings it to len(tokens), and once more for each draft accepted.
@@ -26,7 +29,8 @@ Invariants (numbered as the tests quote them):
      Nobody waits, shrinks or is preempted for a draft; no draft makes a step longer than `ridge` tokens.
   8. Nothing generated is ever lost.
   9. After the last request ends every block is free.
- 10. A waiting request holds no block; host slots hold all that it has computed, or it has computed nothing.
+ 10. A waiting request holds no block; host slots hold all that it has computed, or it has computed nothing. A parked one
+     holds nothing and has computed nothing.
 
 No torch here: this file and `cache.BlockPool` also drive simulators and the oracle test.
 
@@ -474,12 +478,13 @@ class Scheduler:
         for request, state in zip(requests, states):
             self.pool.release(request.block_table)
             request.tokens, request.num_computed, request.block_table = state
-            if request.status == PARKED or not request.block_table:
-                if request.status == RUNNING:
-                    self.park(request)
-                self.pool.release(request.block_table)
-                request.num_computed = 0
-                self._enqueue(request)
+            if request.status == RUNNING and request.block_table:
+                continue
+            if request.status == RUNNING:
+                self.park(request)
+            self.pool.release(request.block_table)
+            request.num_computed = 0
+            self._enqueue(request)
 
     def preempt(self, request: Request) -> None:
         """Take a running request's blocks away and queue it again. Its tokens stay; their K and V are swapped to the host
