@@ -2282,6 +2282,7 @@ class EngineThread(threading.Thread):
         self.over = reason
         self._post([(job, HTTPError(503, reason)) for job in {job for job, _ in self.jobs.values()}])
         self.jobs.clear()
+        self.unsent.clear()
 
     # ---- what a step came to ----
 
