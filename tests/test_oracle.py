@@ -655,8 +655,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "a tenant that was away has saved up": [
         ("scheduler", "return max(self.counters.get(lane, 0), self.floor)", "return self.counters.get(lane, 0)")],
     "a preempted request pays for its prompt again": [
-        ("scheduler", "self.input_weight * request.num_prompt if not request.num_preemptions else 0",
-         "self.input_weight * request.num_prompt")],
+        ("scheduler", "self.input_weight * request.num_prompt if is_first else 0", "self.input_weight * request.num_prompt")],
     "the samples of a prompt pay for one": [("scheduler", "sampled(request, request.width)", "sampled(request, 1)")],
     "a tenant is forgotten that is above the floor": [
         ("scheduler", "if counter > self.floor}", "if False}"), ("scheduler", "self._most = 0, 64", "self._most = 0, 1")],
@@ -798,8 +797,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "an aborted request is admitted": [
         ("scheduler", "elif queue[0][1].status != WAITING:", "elif False:")],
     "aborting a running request keeps its blocks": [
-        ("scheduler", "            self.pool.release(request.block_table)\n        else:",
-         "            request.block_table = []\n        else:")],
+        ("scheduler", "            self.pool.release(request.block_table)\n        elif status == WAITING:",
+         "            request.block_table = []\n        elif status == WAITING:")],
     "ending a request twice counts twice": [("scheduler", "if request.status == FINISHED:", "if False:")],
 }
 
