@@ -655,7 +655,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "a tenant that was away has saved up": [
         ("scheduler", "return max(self.counters.get(lane, 0), self.floor)", "return self.counters.get(lane, 0)")],
     "a preempted request pays for its prompt again": [
-        ("scheduler", "self.input_weight * request.num_prompt if is_first else 0", "self.input_weight * request.num_prompt")],
+        ("scheduler", "request.num_prompt if is_first else 0", "request.num_prompt")],
     "the samples of a prompt pay for one": [("scheduler", "sampled(request, request.width)", "sampled(request, 1)")],
     "a tenant is forgotten that is above the floor": [
         ("scheduler", "if counter > self.floor}", "if False}"), ("scheduler", "self._most = 0, 64", "self._most = 0, 1")],
