@@ -1878,7 +1878,7 @@ def keep_freed_memory() -> None:
 def release_threads() -> None:
     """Have OpenMP end the threads that wait for the calling one's next operation, before another one begins to compute: as
     soon as there are more of them than cores, all stop spinning while they wait, and each operation has to wake them up.
-    On two cores that took a third of a small model's throughput.
+    On two cores that took more than a quarter of a small model's throughput.
     """
     try:
         ctypes.CDLL(None).omp_pause_resource_all(1)  # omp_pause_soft: they come back when needed
