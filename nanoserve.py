@@ -776,6 +776,12 @@ class SamplingParams:
                 raise ValueError(f"{name}: there is no such sampling option" + (f"; {close[0]} is one" if close else ""))
         return super().__new__(cls)
 
+    @property
+    def needs_no_history(self) -> bool:
+        """Whether a token can be sampled before the one before it has been read, and nobody asks for more than the token."""
+        return not (self.n > 1 or self.beam_search or self.logits_processor or Edits.wanted(self)
+                    or (self.logprobs, self.prompt_logprobs) != (None, None))
+
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
@@ -1096,7 +1102,7 @@ class DraftModel:
             self.num_passes += 1
             samplers = [(request, request.sample_index, len(request.drafts)) for _, request in rows]
             spans = []
-            for (request, *_), token in zip(samplers, llm.draw(samplers, llm._edit(samplers, logits))):
+            for (request, *_), token in zip(samplers, llm.draw(samplers, llm._edit(samplers, logits)).tolist()):
                 if token >= 0:  # else its logits make no sense, and the target goes on without it
                     request.drafts.append(token)
                     end = len(request.tokens) + len(request.drafts)
@@ -1131,6 +1137,35 @@ class Stopwatch:
         self.last = now
 
 
+class InFlight:
+    """The tokens [S] that a step has sampled for these requests, on their way from the device to the host.
+
+    Meanwhile the host plans the next step, in which each of them is one token longer, and need not know by which: that
+    step takes its input from where the device has put it. A request that turns out to have ended was computed once too
+    often; what is written for it then lies in blocks that are free, or that somebody fills later, as the device does one
+    thing after the other. Survey A IV.A · B 3.2.4 · C Request Scheduling: Intra-Request Scheduling.
+    """
+
+    def __init__(self, requests: list[Request], tokens: torch.Tensor):
+        self.requests, self.tokens, self._copied = requests, tokens, None
+        self.row = {request: i for i, request in enumerate(requests)}
+        self._host = tokens.to("cpu", non_blocking=True)
+        if tokens.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def fill(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens [T] with what was sampled for row i in the place of each -1 - i."""
+        rows = (-1 - tokens).clamp(min=0)
+        return torch.where(tokens < 0, self.tokens[rows].clamp(min=0), tokens)  # one that makes no sense is -1, see `sample`
+
+    def read(self) -> list[int]:
+        """The tokens, once they are there."""
+        if self._copied:
+            self._copied.synchronize()
+        return self._host.tolist()
+
+
 class LLM:
     """A model, its cache and its queue. `generate` and `stream` are loops around `step`.
 
@@ -1143,6 +1178,8 @@ class LLM:
     policy: "fcfs", "priority", "shortest", "mlfq", "fair", a scheduler.Policy, or a function of a Request whose smallest
         value goes first
     graphs: on a GPU, capture the decode step once per batch size and replay it
+    overlap: plan and launch a step before the tokens of the one before have been read, so that a GPU never waits for the
+        host; None: on a GPU, unless there is a draft
     swap_memory: bytes of main memory for the blocks of preempted requests, where copying is faster than computing again
     draft: None, or what guesses tokens ahead of the model, see above: "ngram" for the request's own text, a smaller model
         with the same vocabulary (a folder, a name, a GPT, "default" for the one in tutorial/), or a function from a list
@@ -1153,7 +1190,8 @@ class LLM:
                  quantize: str | None = None, kv_dtype: str = "auto", kv_memory: float | int | None = None,
                  block_size: int = 16, max_batch_tokens: int | None = None, max_batch_requests: int | None = None,
                  max_model_len: int | None = None, policy: str | Policy | Callable[[Request], object] = "fcfs",
-                 prefix_caching: bool = True, graphs: bool = True, swap_memory: float | int = 0, seed: int = 0,
+                 prefix_caching: bool = True, graphs: bool = True, overlap: bool | None = None,
+                 swap_memory: float | int = 0, seed: int = 0,
                  draft: str | os.PathLike | GPT | Callable[[list[int]], list[int]] | None = None,
                  num_drafts: int | None = None):
         for name, value in (("block_size", block_size), ("max_batch_tokens", max_batch_tokens), ("num_drafts", num_drafts),
@@ -1182,6 +1220,9 @@ class LLM:
         if num_drafts is not None and draft is None:
             raise ValueError(f"num_drafts: {num_drafts} was given without a draft")
         self.num_drafts, self.drafter = num_drafts or 8, self._pick_drafter(draft, folder)
+        if overlap and draft is not None:
+            raise ValueError("overlap: a draft follows the last token, so that has to be read first; use one of the two")
+        self.overlap = self.device.type == "cuda" and draft is None if overlap is None else overlap
         models = [self.model, self.drafter] if isinstance(self.drafter, GPT) else [self.model]
         kv_dtype = KV_DTYPES[kv_dtype]
         wider = [m.dtype for m in models if m.dtype is not torch.bfloat16]
@@ -1206,6 +1247,7 @@ class LLM:
         self._set_up_drafts(graphs)
         self._random = random.Random(seed)
         self._plan: list[tuple[Request, int]] = []  # of the step under way, or the last one
+        self._in_flight: InFlight | None = None  # the step whose tokens have not been read
         self.watch = Stopwatch("schedule", "pack", "launch", "wait", "commit")
         self.counts = dict.fromkeys(("steps", "forward_passes", "computed_tokens", "prompt_tokens", "output_tokens",
                                       "finished", "aborted", "drafted", "accepted", "saved_steps"), 0)
@@ -1430,6 +1472,7 @@ class LLM:
                           reuse_prefix=params.prompt_logprobs is None, params=params, tenant=tenant,
                           ttft_target=params.ttft_target, itl_target=params.itl_target, deadline=params.deadline)
         request.seed = self._random.getrandbits(64) if params.seed is None else params.seed % 2**64
+        request.may_overlap = self.overlap and params.needs_no_history
         if params.beam_search:
             request.search = BeamSearch(request, self._stop_ids(params))
         if self.drafter:
@@ -1491,11 +1534,15 @@ class LLM:
 
         Survey A II.B, IV.A · B 2.3, 3.2.4 · C Request Scheduling: Intra-Request Scheduling.
         """
-        self._plan, watch = [], self.watch  # should scheduling fail, there is no plan
+        self._plan, watch, changed = [], self.watch, []  # should scheduling fail, there is no plan
         watch.start()
         self._plan = plan = self.scheduler.schedule()
+        overlaps = bool(plan) and all(request.may_overlap for request, _ in plan)
+        if self._in_flight and not overlaps:
+            changed = self._read_tokens()
+            self._plan = plan = [(request, n) for request, n in plan if request.status != FINISHED]
         if not plan:
-            return self._take_expired()
+            return changed + self._take_expired()
         if self.drafter:
             plan = self.propose(plan)
         watch.lap("schedule")
@@ -1509,11 +1556,34 @@ class LLM:
         self.counts["computed_tokens"] += len(batch.tokens)
         for (request, position), row in zip(prompt_rows, logits[len(samplers):]):
             self._record(request, position, row.float().log_softmax(-1))
-        tokens, logprobs = self.sample(samplers, logits[: len(samplers)])
-        watch.lap("wait")
         # Until here no token was appended and nothing counts as computed: a step that failed above can be repeated.
-        changed = self.commit(plan, tokens, logprobs) + self._take_expired()
+        if overlaps:
+            in_flight = InFlight([request for request, *_ in samplers], self.draw(samplers, logits))
+            changed = self._read_tokens()
+            self._in_flight = in_flight
+            for request, n in plan:
+                if request.status != FINISHED:
+                    self._advance(request, n, is_read=False)
+        else:
+            tokens, logprobs = self.sample(samplers, logits[: len(samplers)])
+            watch.lap("wait")
+            changed += self.commit(plan, tokens, logprobs)
         watch.lap("commit")
+        return changed + self._take_expired()
+
+    def _read_tokens(self) -> list[Request]:
+        """Append the tokens that are in flight, except those of requests that were aborted meanwhile."""
+        changed: list[Request] = []
+        if self._in_flight is None:
+            return changed
+        tokens = self._in_flight.read()
+        self.watch.lap("wait")
+        for request, token in zip(self._in_flight.requests, tokens):
+            if request.status != FINISHED:
+                self.scheduler.sampled(request)
+                self._append(request, token, None)
+                changed.append(request)
+        self._in_flight = None
         return changed
 
     def _take_expired(self):
@@ -1528,6 +1598,8 @@ class LLM:
         trusted, so their blocks leave the prefix index. If it failed before there was a plan, nobody is spared.
         """
         planned = [request for request, _ in self._plan] or [*self.scheduler.running, *self.scheduler.waiting]
+        planned += self._in_flight.requests if self._in_flight else []
+        self._in_flight = None
         concerned = list(dict.fromkeys(chain(*(request.samples for request in planned))))
         for request in concerned:
             if request.status != FINISHED:
@@ -1573,7 +1645,7 @@ class LLM:
         for request, n in plan:
             start, end = request.num_computed, request.num_computed + n
             spans.append((request, start, end))
-            row, last = row - start, len(request.tokens) - 1
+            row, last = row - start, len(request.tokens) + request.num_pending - 1
             for j in range(end - last):  # after the last token, and after each draft behind it
                 for k in range(request.width):
                     sampled.append((row + last + j, (request, request.sample_index + k, j)))
@@ -1598,6 +1670,8 @@ class LLM:
         tokens: list[int] = []
         for i, (request, start, end) in enumerate(spans):
             tokens += request.tokens[start:end]
+            if request.num_pending and end > len(request.tokens):
+                tokens.append(-1 - self._in_flight.row[request])
             if request.drafts:
                 length = len(request.tokens)
                 tokens += request.drafts[max(0, start - length) : max(0, end - length)]
@@ -1609,11 +1683,16 @@ class LLM:
 
         parts = [tokens, positions, slots, rows, ends, query_start, tables.ravel()]
         packed = torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int32) for part in parts]))
-        if self.device.type == "cuda":
-            packed = packed.pin_memory()  # so that nobody waits for the one copy of this step
-        packed = packed.to(self.device, non_blocking=True).split([len(part) for part in parts])
-        return Batch(*(part.long() for part in packed[:3]), packed[6].view(tables.shape), *packed[4:6], packed[3].long(),
+        packed = self._send(packed).split([len(part) for part in parts])
+        long = [part.long() for part in packed[:4]]
+        if min(tokens) < 0:
+            long[0] = self._in_flight.fill(long[0])
+        return Batch(*long[:3], packed[6].view(tables.shape), *packed[4:6], long[3],
                      is_decode=len(tokens) == len(spans) and rows == list(range(len(tokens))))
+
+    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the device; from pinned memory, so that nobody waits for it."""
+        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
 
     def sample(self, samplers: list[tuple[Request, int, int]], logits: torch.Tensor
                ) -> tuple[list[int], list[dict | None]]:
@@ -1624,7 +1703,7 @@ class LLM:
         asked = [i for i, (request, _, _) in enumerate(samplers) if request.params.logprobs is not None]
         raw = logits[asked].float().log_softmax(-1) if asked else ()
         logits = self._edit(samplers, logits)
-        tokens = self.draw(samplers, logits)
+        tokens = self.draw(samplers, logits).tolist()
         for i, row in zip(asked, raw):
             logprobs[i] = top_logprobs(row, tokens[i], samplers[i][0].params.logprobs)
         for i, (request, _, _) in enumerate(samplers):
@@ -1633,25 +1712,24 @@ class LLM:
                 logprobs[i] = top_logprobs(row, tokens[i], request.search.breadth)
         return tokens, logprobs
 
-    def draw(self, samplers: list[tuple[Request, int, int]], logits: torch.Tensor) -> list[int]:
-        """A token for each row of edited logits [S, V]; -1 where they make no sense (NaN, or nothing left to choose).
+    def draw(self, samplers: list[tuple[Request, int, int]], logits: torch.Tensor) -> torch.Tensor:
+        """Tokens [S] int64, one for each row of edited logits [S, V]; -1 where they make no sense (NaN, or nothing left to
+        choose). Nobody waits for the device.
 
         Row i belongs to samplers[i]: a request, which of its samples, and how many of its drafts stand before the token.
         Whether those drafts are true or not, the token is what would be sampled if they were.
         """
         if not samplers:
-            return []
+            return torch.empty(0, dtype=torch.int64, device=logits.device)
         params = [request.params for request, _, _ in samplers]
-        noise = kernels.uniform_noise(np.array([request.seed for request, _, _ in samplers], dtype=np.uint64),
-                                      np.array([request.num_output + j + (i << 32) for request, i, j in samplers]))
-
-        def column(values, dtype):
-            return torch.from_numpy(np.array(values, dtype=dtype)).to(logits.device)
-
-        return kernels.sample(
-            logits, column([p.temperature for p in params], np.float32), column([p.top_k for p in params], np.int64),
-            column([p.top_p for p in params], np.float32), column([p.min_p for p in params], np.float32),
-            column(noise, np.float32 if logits.device.type == "mps" else np.float64)).tolist()
+        noise = kernels.uniform_noise(
+            np.array([request.seed for request, _, _ in samplers], dtype=np.uint64),
+            np.array([request.num_output + request.num_pending + j + (i << 32) for request, i, j in samplers]))
+        columns = torch.from_numpy(np.array([[p.temperature for p in params], [p.top_k for p in params],
+                                             [p.top_p for p in params], [p.min_p for p in params], noise]))
+        columns = self._send(columns.float() if logits.device.type == "mps" else columns)  # mps has no float64
+        temperature, top_k, top_p, min_p, noise = columns
+        return kernels.sample(logits, temperature.float(), top_k.long(), top_p.float(), min_p.float(), noise)
 
     def _edit(self, samplers, logits):
         """Logits after every request's processors: the built-in ones of all in one operation, then users' row by row."""
@@ -1691,8 +1769,7 @@ class LLM:
         sampled, results = [], zip(tokens, logprobs)
         for request, n in plan:
             drafts = request.drafts
-            self.counts["prompt_tokens"] += min(n, max(0, request.num_prompt - request.num_computed))
-            if self.scheduler.advance(request, n - len(drafts)):
+            if self._advance(request, n - len(drafts)):
                 for sample in self.scheduler.fork(request):
                     token, more = next(results)
                     if sample.search is None:
@@ -1705,6 +1782,10 @@ class LLM:
         for search in dict.fromkeys(request.search for request, _ in plan if request.search):
             sampled += self._go_on(search)
         return sampled
+
+    def _advance(self, request, n, is_read=True) -> bool:
+        self.counts["prompt_tokens"] += min(n, max(0, request.num_prompt - request.num_computed))
+        return self.scheduler.advance(request, n, is_read)
 
     def _go_on(self, search: BeamSearch) -> list[Request]:
         """End a round of a beam search if all its hypotheses are ready. Returns the samples if that changed them."""
@@ -3278,8 +3359,9 @@ def make_llm(args: argparse.Namespace, model=None, **more) -> LLM:
     where = {} if model else {"device": args.device, "dtype": args.dtype, "quantize": args.quantize}
     return LLM(model or args.model, **where, kv_dtype=args.kv_dtype, kv_memory=args.kv_memory,
                max_batch_tokens=args.max_batch_tokens, max_batch_requests=args.max_batch_requests,
-               max_model_len=args.max_model_len, graphs=not args.no_graphs, swap_memory=args.swap_memory,
-               draft=args.draft, num_drafts=args.num_drafts,
+               max_model_len=args.max_model_len, graphs=not args.no_graphs,
+               overlap=False if args.no_overlap else None, swap_memory=args.swap_memory, draft=args.draft,
+               num_drafts=args.num_drafts,
                seed=random.getrandbits(63) if args.seed is None else args.seed, **more)
 
 
@@ -3348,6 +3430,7 @@ def parser_for(command: str) -> argparse.ArgumentParser:
                         "model that comes along, or a folder or hub name of a model with the same vocabulary")
     engine.add_argument("--num-drafts", type=int, help="at most so many for a request in a step (8)")
     engine.add_argument("--no-graphs", action="store_true", help="on a GPU: launch each kernel, for debugging")
+    engine.add_argument("--no-overlap", action="store_true", help="on a GPU: read a step's tokens before planning the next")
     engine.add_argument("--seed", type=int, default=0 if command == "bench" else None, help="same seed, same text")
     if command == "bench":
         parser.add_argument("--shape", default="gpt2", choices=SHAPES, help="without --model: random weights (gpt2)")

@@ -74,6 +74,7 @@ class Request:
         self.ttft_target, self.itl_target, self.deadline = ttft_target, itl_target, deadline
         self.has_targets = (ttft_target, itl_target, deadline) != (None, None, None)
         self.num_computed = 0
+        self.num_pending = 0  # 1: a token behind `tokens` has been sampled, but nobody has read it yet (see `advance`)
         self.max_drafts = 0  # how many drafts it would take in the next step; whoever drives the scheduler adapts it
         self.drafts: list[int] = []  # those of the step under way, empty between steps
         self.block_table: list[int] = []
@@ -93,6 +94,7 @@ class Request:
         self.cumulative_logprob: float | None = None  # what that ended with
         self.sample_index = 0
         self.seed = 0
+        self.may_overlap = False  # its next token can be sampled before the last one was read
         self.acceptance = 0.75  # share of its drafts that come true, a guess until some have been tried
         self.logprobs: list[dict[int, float]] = []
         self.prompt_logprobs: list[dict[int, float] | None] = []
@@ -109,7 +111,7 @@ class Request:
     @property
     def num_behind(self) -> int:
         """Tokens still to compute before the next one can be sampled."""
-        return len(self.tokens) - self.num_computed
+        return len(self.tokens) + self.num_pending - self.num_computed
 
     @property
     def is_over(self) -> bool:
@@ -380,6 +382,8 @@ class Scheduler:
                 break
             if request.status != RUNNING:  # preempted a moment ago, for somebody above
                 continue
+            if request.num_output + request.num_pending == request.max_tokens:  # it only waits for its last one to be read
+                continue
             n = min(request.num_behind, budget)
             while self.pool.blocks_missing(request.block_table, request.num_computed,
                                            request.num_computed + n) > self.pool.num_free:
@@ -420,8 +424,12 @@ class Scheduler:
             self._plan_drafts(plan, budget)
         return list(plan.items())
 
-    def advance(self, request: Request, n: int) -> bool:
-        """Record that a step computed n tokens; publish the blocks this filled. True if the request now samples."""
+    def advance(self, request: Request, n: int, is_read: bool = True) -> bool:
+        """Record that a step computed n tokens; publish the blocks this filled. True if the request now samples.
+
+        Whoever wants to plan the next step before that token is known says is_read=False, and calls `sampled` when it is:
+        until then the request counts as one token longer.
+        """
         size = self.pool.block_size
         filled = range(request.num_computed // size, (request.num_computed + n) // size)
         request.num_computed += n
@@ -429,10 +437,17 @@ class Scheduler:
             self.pool.publish(request.block_table, i, request.tokens, request.root)
         if request.num_behind:
             return False
+        request.num_pending = 1
+        if is_read:
+            self.sampled(request)
+        return True
+
+    def sampled(self, request: Request) -> None:
+        """Record that a token has come, the one now about to be appended."""
+        request.num_pending = 0
         self.policy.sampled(request, request.width)
         if request.has_targets:
             self._time_token(request)
-        return True
 
     def accept(self, request: Request) -> bool:
         """Whether the token just appended is the next draft, and so computed already: the request samples once more.
@@ -592,7 +607,8 @@ class Scheduler:
         # a prompt that does not fit would preempt somebody in the middle of it. Cached blocks that lie in the free
         # list count as taken the moment they are adopted.
         room = self.pool.num_free - self.pool.num_free_in(blocks)
-        return None if self.pool.blocks_for(len(request.tokens)) - len(blocks) > room else blocks
+        length = request.num_computed + request.num_behind
+        return None if self.pool.blocks_for(length) - len(blocks) > room else blocks
 
     def _outranked(self, request) -> Request | None:
         """Who should make way for a waiting request, if the policy wants that: the least urgent of those running.

@@ -174,8 +174,8 @@ def come_and_go(device, **options):
     return [out.token_ids for out in llm.generate(prompts, params)], llm
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
-def test_padded_batches_get_the_same_tokens(kv_dtype, monkeypatch):
+@pytest.mark.parametrize("kv_dtype, overlap", [("auto", False), ("auto", True), ("int8", False)])
+def test_padded_batches_get_the_same_tokens(kv_dtype, overlap, monkeypatch):
     """All of decode graphs but the graph: what a replay would do is done again, on the CPU, over the same memory."""
     sizes = Counter()
 
@@ -189,7 +189,7 @@ def test_padded_batches_get_the_same_tokens(kv_dtype, monkeypatch):
         return replay, logits
 
     monkeypatch.setattr(DecodeGraphs, "_capture", capture)
-    tokens, llm = come_and_go("cpu", graphs=True, kv_dtype=kv_dtype)
+    tokens, llm = come_and_go("cpu", graphs=True, kv_dtype=kv_dtype, overlap=overlap)
     assert tokens == come_and_go("cpu", graphs=False, kv_dtype=kv_dtype)[0]
     assert sorted(sizes) == llm.graphs.sizes == [1, 2, 4, 8, 16, 21]
 
@@ -198,9 +198,34 @@ def test_padded_batches_get_the_same_tokens(kv_dtype, monkeypatch):
 @needs_gpu
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 def test_graphs_on_and_off_agree(kv_dtype):
-    (tokens, llm), (eager, other) = (come_and_go("cuda", graphs=graphs, kv_dtype=kv_dtype) for graphs in (True, False))
+    (tokens, llm), (eager, other) = (come_and_go("cuda", graphs=on, overlap=on, kv_dtype=kv_dtype) for on in (True, False))
     assert llm.graphs and not other.graphs
     assert tokens == eager == come_and_go("cpu", kv_dtype=kv_dtype)[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def test_overlap_on_and_off_agree(device):
+    """With preemptions, aborts and stops."""
+    def run(overlap):
+        llm = LLM(device=device, dtype="float32", max_batch_requests=13, kv_memory=600_000, overlap=overlap)
+        stops = [llm.tokenizer.encode(".")[-1]]
+        requests = [llm.add_request([1, 5 + i, 7, 9 + i % 3] * (1 + i % 9), SamplingParams(
+            max_tokens=3 + 7 * i % 40, temperature=i % 2, top_k=3, seed=i, stop_token_ids=stops * (i % 3 == 0)))
+            for i in range(40)]
+        while llm.has_work():
+            llm.step()
+            llm.scheduler.check()
+            for request in requests[::5]:
+                if request.num_output >= 5:
+                    llm.abort(request)
+        stats = llm.stats()
+        assert stats["preemptions"] and stats["aborted"] and not stats["blocks_used"]
+        assert any(request.finish_reason == "stop" for request in requests)
+        # How far those got that were aborted is a matter of when a token was read.
+        return [request.tokens[: request.num_prompt + 5] if request.finish_reason == "abort" else request.tokens
+                for request in requests]
+
+    assert run(overlap=True) == run(overlap=False)
 
 
 @pytest.mark.gpu

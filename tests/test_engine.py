@@ -148,8 +148,8 @@ def test_names_and_defaults():
     assert list(parameters)[0] == "model" and parameters["model"].default is None
     options = {name: p.default for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
     assert options.keys() == {"device", "dtype", "quantize", "kv_dtype", "kv_memory", "block_size", "max_batch_tokens",
-                              "max_batch_requests", "max_model_len", "policy", "prefix_caching", "graphs", "swap_memory",
-                              "seed", "draft", "num_drafts"}
+                              "max_batch_requests", "max_model_len", "policy", "prefix_caching", "graphs", "overlap",
+                              "swap_memory", "seed", "draft", "num_drafts"}
     fixed = {"device": "auto", "dtype": "auto", "kv_dtype": "auto", "block_size": 16, "policy": "fcfs",
              "prefix_caching": True, "seed": 0}
     assert {name: options[name] for name in fixed} == fixed

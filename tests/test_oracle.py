@@ -739,7 +739,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("scheduler", "places = self.max_batch_requests - sum(request.width for request in self.running)",
          "places = self.max_batch_requests - len(self.running)")],
     "only the first chunk of a prompt finds room": [
-        ("scheduler", "self.pool.blocks_for(len(request.tokens)) - len(blocks) > room", "False")],
+        ("scheduler", "self.pool.blocks_for(length) - len(blocks) > room", "False")],
     "a prefix hit is computed again": [("scheduler", "max(hit, request.num_computed)", "request.num_computed")],
     "hits are not counted": [("scheduler", "self.num_hit_tokens += hit", "self.num_hit_tokens += 0")],
     "the door counts a token too many": [

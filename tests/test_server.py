@@ -158,6 +158,25 @@ def test_a_completion_is_what_the_engine_says(server, offline):
     assert complete(server)["usage"]["completion_tokens"] == 16  # OpenAI's default
 
 
+def test_an_engine_whose_steps_overlap(serving, offline):
+    """It answers the same, and somebody who leaves takes along what is in flight."""
+    llm = make(overlap=True)
+    server = serving(llm)
+    text = offline.generate(PROMPT, SamplingParams(temperature=0, max_tokens=12))[0].text
+    assert complete(server, max_tokens=12)["choices"][0]["text"] == text
+    events = stream(server, prompt=PROMPT, max_tokens=12)
+    assert "".join(event["choices"][0]["text"] for event in events) == text
+    gate = Gate(llm)
+    with socket.create_connection(("127.0.0.1", port_of(server)), PATIENCE) as client:
+        client.sendall(post({"prompt": PROMPT, "max_tokens": 90, "stream": True, "ignore_eos": True}))
+        gate.open(4)
+        until(lambda: gate.entered == 5)
+    until(lambda: not server.engine.commands.empty())  # it is to be forgotten
+    gate.open(100)
+    until(lambda: is_idle(llm))
+    assert llm.stats()["aborted"] == 1 and complete(server, max_tokens=12)["choices"][0]["text"] == text
+
+
 @pytest.mark.parametrize("prompt", [[PROMPT, "One day"], [[5, 6, 7], [8, 9]], [5, 6, 7]], ids=str)
 @pytest.mark.parametrize("streamed", [False, True])
 def test_all_forms_of_prompts_with_n_samples(server, offline, prompt, streamed):

@@ -45,7 +45,7 @@ MUTANTS = {
     "admits in a step that preempts": (("while budget and not preempted and", "while budget and"),),
     "counts cached blocks as room": (("self.pool.num_free - self.pool.num_free_in(blocks)", "self.pool.num_free"),),
     "asks for room for the chunk alone": (
-        ("self.pool.blocks_for(len(request.tokens)) - len(blocks) > room",
+        ("self.pool.blocks_for(length) - len(blocks) > room",
          "self.pool.blocks_for(min(len(request.tokens), 8)) - len(blocks) > room"),),
     "never looks for a prefix": (("self.pool.match(request.tokens, request.root) if request.reuse_prefix else []", "[]"),),
 }

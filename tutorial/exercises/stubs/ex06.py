@@ -37,7 +37,7 @@ def pack(self, plan: list[tuple[Request, int]]
     for request, n in plan:
         start, end = request.num_computed, request.num_computed + n
         spans.append((request, start, end))
-        row, last = row - start, len(request.tokens) - 1
+        row, last = row - start, len(request.tokens) + request.num_pending - 1
         for j in range(end - last):  # after the last token, and after each draft behind it
             for k in range(request.width):
                 sampled.append((row + last + j, (request, request.sample_index + k, j)))
@@ -63,6 +63,8 @@ def lay_out(self, spans: list[tuple[Request, int, int]], rows: list[int]) -> Bat
     tokens: list[int] = []
     for i, (request, start, end) in enumerate(spans):
         tokens += request.tokens[start:end]
+        if request.num_pending and end > len(request.tokens):
+            tokens.append(-1 - self._in_flight.row[request])
         if request.drafts:
             length = len(request.tokens)
             tokens += request.drafts[max(0, start - length) : max(0, end - length)]
@@ -74,8 +76,9 @@ def lay_out(self, spans: list[tuple[Request, int, int]], rows: list[int]) -> Bat
 
     parts = [tokens, positions, slots, rows, ends, query_start, tables.ravel()]
     packed = torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int32) for part in parts]))
-    if self.device.type == "cuda":
-        packed = packed.pin_memory()  # so that nobody waits for the one copy of this step
-    packed = packed.to(self.device, non_blocking=True).split([len(part) for part in parts])
-    return Batch(*(part.long() for part in packed[:3]), packed[6].view(tables.shape), *packed[4:6], packed[3].long(),
+    packed = self._send(packed).split([len(part) for part in parts])
+    long = [part.long() for part in packed[:4]]
+    if min(tokens) < 0:
+        long[0] = self._in_flight.fill(long[0])
+    return Batch(*long[:3], packed[6].view(tables.shape), *packed[4:6], long[3],
                  is_decode=len(tokens) == len(spans) and rows == list(range(len(tokens))))

@@ -37,6 +37,8 @@ def schedule(self) -> list[tuple[Request, int]]:
             break
         if request.status != RUNNING:  # preempted a moment ago, for somebody above
             continue
+        if request.num_output + request.num_pending == request.max_tokens:  # it only waits for its last one to be read
+            continue
         n = min(request.num_behind, budget)
         while self.pool.blocks_missing(request.block_table, request.num_computed,
                                        request.num_computed + n) > self.pool.num_free:
@@ -78,8 +80,12 @@ def schedule(self) -> list[tuple[Request, int]]:
     return list(plan.items())
 
 
-def advance(self, request: Request, n: int) -> bool:
-    """Record that a step computed n tokens; publish the blocks this filled. True if the request now samples."""
+def advance(self, request: Request, n: int, is_read: bool = True) -> bool:
+    """Record that a step computed n tokens; publish the blocks this filled. True if the request now samples.
+
+    Whoever wants to plan the next step before that token is known says is_read=False, and calls `sampled` when it is:
+    until then the request counts as one token longer.
+    """
     size = self.pool.block_size
     filled = range(request.num_computed // size, (request.num_computed + n) // size)
     request.num_computed += n
@@ -87,9 +93,9 @@ def advance(self, request: Request, n: int) -> bool:
         self.pool.publish(request.block_table, i, request.tokens, request.root)
     if request.num_behind:
         return False
-    self.policy.sampled(request, request.width)
-    if request.has_targets:
-        self._time_token(request)
+    request.num_pending = 1
+    if is_read:
+        self.sampled(request)
     return True
 
 
