@@ -1534,15 +1534,12 @@ class LLM:
 
         Survey A II.B, IV.A · B 2.3, 3.2.4 · C Request Scheduling: Intra-Request Scheduling.
         """
-        self._plan, watch, changed = [], self.watch, []  # should scheduling fail, there is no plan
+        self._plan, watch = [], self.watch  # should scheduling fail, there is no plan
         watch.start()
         self._plan = plan = self.scheduler.schedule()
-        overlaps = bool(plan) and all(request.may_overlap for request, _ in plan)
-        if self._in_flight and not overlaps:
-            changed = self._read_tokens()
-            self._plan = plan = [(request, n) for request, n in plan if request.status != FINISHED]
-        if not plan:
-            return changed + self._take_expired()
+        overlaps = all(request.may_overlap for request, _ in plan)
+        if not plan or self._in_flight and not overlaps:  # somebody needs the token in flight: then the plan is made anew
+            return self._read_tokens() + self._take_expired()
         if self.drafter:
             plan = self.propose(plan)
         watch.lap("schedule")
@@ -1567,7 +1564,7 @@ class LLM:
         else:
             tokens, logprobs = self.sample(samplers, logits[: len(samplers)])
             watch.lap("wait")
-            changed += self.commit(plan, tokens, logprobs)
+            changed = self.commit(plan, tokens, logprobs)
         watch.lap("commit")
         return changed + self._take_expired()
 

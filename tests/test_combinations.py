@@ -126,6 +126,7 @@ class World:
 
     def run(self):
         llm, rng, requests, pending = self.llm, self.rng, {}, list(enumerate(self.work))
+        told = set()  # whose end somebody was told of
         while pending or llm.has_work():
             while pending and (rng.random() < 0.5 or not llm.has_work()):
                 i, (prompt, params) = pending.pop(0)
@@ -139,19 +140,21 @@ class World:
                 request = rng.choice(rng.choice(list(requests.values())).samples)
                 self.tally["aborted"] += request.status != "finished"
                 llm.abort(request)
+                told.update(sample for sample in request.samples if sample.finish_reason == "abort")
             self.tally["swapped with drafts"] += any(r.host_slots and r.num_output for r in llm.scheduler.waiting)
             before = llm._in_flight
             try:
-                llm.step()
+                told.update(sample for sample in llm.step() if sample.status == "finished")
                 self.tally["overlapped"] += before is not None and llm._in_flight is not None
             except Trouble:
                 if rng.random() < 0.7:  # else it is just tried again
-                    llm.drop_step("failed")
+                    told.update(llm.drop_step("failed"))
             self.now += rng.random()
             llm.scheduler.check()
             if llm.pool.num_free == llm.pool.num_usable and not llm.has_work() and rng.random() < 0.1:
                 llm.pool.forget()
         assert is_clean(llm), self.label
+        assert told >= {sample for request in requests.values() for sample in request.samples}, self.label
         stats = llm.stats()
         self.tally.update({k: stats[k] for k in ("preemptions", "blocks_swapped_out", "blocks_swapped_in", "hit_tokens",
                                                  "drafted", "accepted", "finished", "aborted")})

@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_engine import GREEDY, Slow, engine, finish, is_clean, poisoned, tokens_of, toy  # noqa: F401
 
-from nanoserve import LLM, InFlight, SamplingParams
+from nanoserve import GPT, LLM, InFlight, SamplingParams
 
 torch.set_num_threads(1)
 PROMPTS = [[1, 2, 3], list(range(20)), [4] * 9, [5]]
@@ -43,7 +43,7 @@ def test_a_token_comes_one_call_later_and_who_stops_costs_a_row():
 
 
 def test_who_needs_the_last_token_waits_for_it():
-    """Then the step before is read first, by everybody; who stops there leaves the plan."""
+    """Then the step before is read first, for everybody, and the next one planned anew."""
     plain = [Slow.generate(prompt, LONGER) for prompt in PROMPTS]
     stops = replace(LONGER, stop_token_ids=[plain[0][4]])
     penalised = replace(LONGER, frequency_penalty=1.5)
@@ -52,7 +52,7 @@ def test_who_needs_the_last_token_waits_for_it():
     for _ in range(5):
         llm.step()
     third = llm.add_request(PROMPTS[2], penalised)
-    llm.step()
+    assert llm.step() == [first, second] and not third.num_computed
     assert first.finish_reason == "stop" and first.tokens[3:] == plain[0][: plain[0].index(plain[0][4]) + 1]
     outputs = tokens_of(finish(llm, second, third))
     assert outputs == [plain[1], Slow.generate(PROMPTS[2], penalised)]
@@ -99,21 +99,39 @@ class Trouble(Exception):
     """What a launch fails with."""
 
 
+def fails_at(number: int) -> GPT:
+    """A model whose so-manieth launch fails."""
+    model, launches = copy.copy(toy()), itertools.count(1)
+    forward = model.forward
+
+    def launch(batch, cache):
+        if next(launches) == number:
+            raise Trouble
+        return forward(batch, cache)
+
+    model.forward = launch
+    return model
+
+
+def test_who_ends_just_before_a_launch_fails_is_told():
+    llm = engine(model=fails_at(3), overlap=True)
+    ends = llm.add_request([1, 2, 3], replace(GREEDY, max_tokens=2))
+    llm.step()
+    llm.step()
+    llm.add_request([5], replace(GREEDY, frequency_penalty=1.5))  # to plan this one, what is in flight has to be read
+    told = set()
+    with pytest.raises(Trouble):
+        while True:
+            told.update(llm.step())
+    assert ends in told and ends.finish_reason == "length"
+
+
 @pytest.fixture
 def failing():
     """An engine of two blocks, whose second launch has failed. For it the second request had to make way, with a token in
     flight: it has filled its block, and the first one has the other.
     """
-    model, launches = copy.copy(toy()), itertools.count(1)
-    forward = model.forward
-
-    def launch(batch, cache):
-        if next(launches) == 2:
-            raise Trouble
-        return forward(batch, cache)
-
-    model.forward = launch
-    llm = engine(2, model=model, overlap=True, prefix_caching=False)
+    llm = engine(2, model=fails_at(2), overlap=True, prefix_caching=False)
     first = llm.add_request([1], replace(GREEDY, max_tokens=3))
     second = llm.add_request([2] * 4, replace(GREEDY, max_tokens=5))
     llm.step()
