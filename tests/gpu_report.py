@@ -20,6 +20,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import kernels  # noqa: E402
+import nanoserve  # noqa: E402
 
 
 def seconds(work, repeat: int = 20, runs: int = 5, captured: bool = True) -> float:
@@ -94,6 +95,34 @@ def sampling(device, rows: int, vocab: int) -> dict[str, float]:
     return taken
 
 
+def idle_share(device, shape: str, requests: int, overlap: bool, steps: int = 50) -> tuple[float, float]:
+    """(share of a decode step in which the device waits for the host, seconds of a step), for so many running requests.
+
+    The device's own time is that of the step's launches alone, forward pass and sampling, one after the other.
+    """
+    model = nanoserve.GPT(nanoserve.ModelConfig.from_dict(nanoserve.SHAPES[shape]), torch.bfloat16, device, 1024).randomize()
+    llm = nanoserve.LLM(model, max_batch_requests=requests, kv_memory=requests * 320 * 2 * model.config.num_layers
+                        * 2 * model.config.num_kv_heads * model.config.head_dim, overlap=overlap)
+    params = nanoserve.SamplingParams(max_tokens=128 + 2 * steps, temperature=0.8, top_k=50, ignore_eos=True)
+    for i in range(requests):
+        llm.add_request([i] * 100, params)
+    while not all(request.num_output > 8 for request in llm.scheduler.running) or llm.scheduler.num_waiting:
+        llm.step()
+    last, pack = [], llm.pack
+    llm.pack = lambda plan: last.append(pack(plan)) or last[-1]
+    wait = torch.cuda.synchronize if device.type == "cuda" else int
+    wait()
+    start = time.perf_counter()
+    for _ in range(steps):
+        llm.step()
+    wait()
+    taken = (time.perf_counter() - start) / steps
+    batch, samplers, _ = last[-1]
+    forward = llm.graphs.forward if llm.graphs else lambda batch: model.forward(batch, llm.cache)
+    busy = seconds(lambda: llm.draw(samplers, forward(batch)), captured=False, repeat=steps)
+    return 1 - busy / taken, taken
+
+
 def copy_bandwidth(device, size: int) -> float:
     """Bytes per second, read and written, of a copy of `size` bytes."""
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
@@ -133,6 +162,11 @@ def main(tiny: bool, only_kernels: bool) -> None:
         print(f"sample, {what}: {taken * 1e6:,.0f} us")
     if only_kernels:
         return None
+    for overlap in (True, False):
+        shape, requests, steps = ("qwen3-small", 2, 2) if tiny else ("qwen3-0.6b", 256, 50)
+        idle, taken = idle_share(device, shape, requests, overlap, steps)
+        print(f"decode, {shape} x {requests}, {'' if overlap else 'no '}overlap of steps: {taken * 1e3:.2f} ms a step, "
+              f"idle {100 * idle:.1f} % of it")
     if tiny:
         return command("nanoserve.py", "bench", "--shape", "qwen3-small", "--requests", "1", "--input-len", "4",
                        "--output-len", "2", "--runs", "1")
