@@ -834,11 +834,12 @@ class Edits:
         self.tokens = np.empty(64, dtype=np.int64)
         self.changes = np.empty((64, 3))  # bias, divide, subtract
         self.in_output: set[int] = set()
-        for token, bias in (params.logit_bias or {}).items():
+        biases = params.logit_bias or {}
+        for token, bias in biases.items():
             self._row(token)[0] = bias
-        for token in stop_ids if params.min_tokens else ():
-            self._row(token)
-        self.banned = [self.place[token] for token in stop_ids if params.min_tokens]
+        self.banned = [token for token in stop_ids if params.min_tokens]
+        for token in self.banned:
+            self._row(token)[0] = -math.inf
 
     @staticmethod
     def wanted(p: SamplingParams) -> bool:
@@ -854,36 +855,38 @@ class Edits:
 
     def entries(self, token_ids: list[int], drafts: list[int] = ()) -> tuple[np.ndarray, np.ndarray]:
         """After these tokens, and drafts that may turn out wrong: tokens int64 [n], and bias, divide, subtract [n, 3]."""
-        for i in range(self.num_seen, len(token_ids)):
-            self._take(token_ids[i], i >= self.num_prompt)
-        self.num_seen = len(token_ids)
+        for token in token_ids[self.num_seen:]:
+            self._take(token)
         edits = self.copy() if drafts else self
         for token in drafts:
-            edits._take(token, True)
+            edits._take(token)
         n = len(edits.place)
-        tokens, changes = edits.tokens[:n], edits.changes[:n]
-        if len(token_ids) + len(drafts) - self.num_prompt < self.params.min_tokens:
-            changes = changes.copy()
-            changes[self.banned] = -math.inf, 1, 0
-        return tokens, changes
+        return edits.tokens[:n], edits.changes[:n]
 
-    def _take(self, token, is_output):
+    def _take(self, token):
         p = self.params
-        if p.repetition_penalty != 1:
-            self._row(token)[1] = p.repetition_penalty
-        if is_output and (p.presence_penalty or p.frequency_penalty):
-            first = token not in self.in_output
-            self.in_output.add(token)
-            self._row(token)[2] += p.frequency_penalty + p.presence_penalty * first
+        self.num_seen += 1
+        num_output = self.num_seen - self.num_prompt
+        if num_output == p.min_tokens:
+            for banned in self.banned:
+                self._row(banned)[0] = (p.logit_bias or {}).get(banned, 0)
+        counts = num_output > 0 and (p.presence_penalty or p.frequency_penalty)
+        if counts or p.repetition_penalty != 1:
+            row = self._row(token)
+            row[1] = p.repetition_penalty
+            if counts:
+                row[2] += p.frequency_penalty + p.presence_penalty * (token not in self.in_output)
+                self.in_output.add(token)
 
     def _row(self, token) -> np.ndarray:
         """(bias, divide, subtract) of a token, to be written."""
-        if token not in self.place:
+        row = self.place.get(token)
+        if row is None:
             row = self.place[token] = len(self.place)
             if row == len(self.tokens):  # twice the room, so that growing costs little in the long run
                 self.tokens, self.changes = (np.concatenate([old, old]) for old in (self.tokens, self.changes))
             self.tokens[row], self.changes[row] = token, (0, 1, 0)
-        return self.changes[self.place[token]]
+        return self.changes[row]
 
     def copy(self) -> Edits:
         """For a second request that has got as far."""
@@ -1736,12 +1739,13 @@ class LLM:
             if Edits.wanted(p):
                 request.edits = request.edits or Edits(p, request.num_prompt, self._stop_ids(p))
                 parts.append(request.edits.entries(request.tokens, request.drafts[:num_drafts]))
-                rows.append(np.full(len(parts[-1][0]), i))
+                rows.append(i)
         users = [i for i, (request, *_) in enumerate(samplers) if request.params.logits_processor]
         if rows or users:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if rows:
-            where = torch.from_numpy(np.array([np.concatenate(rows), np.concatenate([tokens for tokens, _ in parts])]))
+            rows = np.repeat(rows, [len(tokens) for tokens, _ in parts])
+            where = torch.from_numpy(np.array([rows, np.concatenate([tokens for tokens, _ in parts])]))
             changes = torch.from_numpy(np.concatenate([changes for _, changes in parts]).T).to(logits.dtype)
             logits = kernels.edit_logits(logits, *where.to(logits.device), *changes.to(logits.device))
         elif users:
