@@ -3145,18 +3145,69 @@ SHAPES = {
 }
 
 
-def workload(requests: int, input_lens: tuple[int, int], output_lens: tuple[int, int], vocab: int, seed: int):
-    """[(prompt token ids, output tokens), ...]: lengths uniform between the bounds, ids uniform over the vocabulary."""
-    rng = random.Random(seed)
-    lengths = [(rng.randint(*input_lens), rng.randint(*output_lens)) for _ in range(requests)]
-    return [([rng.randrange(vocab) for _ in range(prompt)], output) for prompt, output in lengths]
+class Arrival(NamedTuple):
+    """A request of a workload: when it comes (seconds), and how many tokens go in and out.
+
+    Of two requests with the same `text` the shorter prompt is the beginning of the longer one.
+    """
+
+    at: float
+    prompt: int
+    output: int
+    text: int = 0
 
 
-def nano_vllm_workload(vocab: int, seed: int):
+# Medians of prompt and output tokens, and how far lengths spread: the sigma of a lognormal, ln(P90 / P50) / 1.28 where
+# the source has a P90, 1.0 where not.
+WORKLOADS = {
+    "chat": ((1020, 1.0), (129, 1.0)),  # Azure's conversation trace, Splitwise arXiv:2311.18677 (medians)
+    "code": ((1500, 1.0), (13, 1.0)),  # Azure's coding trace, the same
+    "summarization": ((7059, 0.48), (208, 0.45)),  # arxiv_summarization as in Sarathi-Serve arXiv:2403.02310
+    "assistant": ((1730, 0.93), (415, 0.55)),  # ShareGPT conversations as in Sarathi-Serve
+    # What a turn adds to the prompt, and what it generates. Mooncake's trace of tools and agents (FAST'25, arXiv:2407.00079)
+    # has 8,596 tokens in and 182 out on average; so have these turns, 8 of them. Why 8, and how they spread, is our choice.
+    "agents": ((1070, 1.0), (110, 1.0)),
+}
+AGENT_TURNS = 8
+
+
+def workload(name: str, count: int, seed: int = 0, *, scale: float = 1, rate: float = math.inf, burst: float = 1.0,
+             longest: float = math.inf, uniform: tuple[tuple[int, int], tuple[int, int]] | None = None) -> list[Arrival]:
+    """Requests with the lengths of a named workload, arriving at `rate` per second; all at once if that is infinite.
+
+    Gaps between arrivals have the coefficient of variation `burst`: 1 is Poisson, more is burstier (a gamma distribution,
+    as BurstGPT arXiv:2401.17644 fits to its traces). Lengths are divided by `scale`; prompt and output together are at most
+    `longest`. With `uniform`, ((least, most) of the prompts, the same of the outputs), they lie between these bounds.
+    "agents" take turns: a prompt is what the agent asked before, so many tokens as it was told, and a tool's result. (All
+    turns are known beforehand, so random tokens stand for what it was told, and only prompts are prefixes.) Survey A VI.C.
+    """
+    for option, value in (("scale", scale), ("rate", rate), ("burst", burst)):
+        if not value > 0:
+            raise ValueError(f"{option}: {value} is not above 0")
+    rng, at, found = random.Random(seed if uniform else f"{name} {seed}"), 0.0, []
+    agents = -(-count // AGENT_TURNS) if name == "agents" else count
+    for i in range(count):
+        at += rng.gammavariate(1 / burst**2, burst**2 / rate) if rate < math.inf else 0.0
+        prompt, output = (rng.randint(*bounds) for bounds in uniform) if uniform else (
+            max(1, round(rng.lognormvariate(math.log(median / scale), sigma))) for median, sigma in WORKLOADS[name])
+        if i >= agents:
+            prompt += found[i - agents].prompt + found[i - agents].output
+        output = min(output, longest // 2)
+        found.append(Arrival(at, min(prompt, longest - output), output, i % agents))
+    return found
+
+
+def token_ids(count: int, seed, vocab: int) -> list[int]:
+    """Random tokens, without the first few, which mean something."""
+    rng = random.Random(f"tokens {seed}")
+    return [rng.randrange(min(16, vocab // 2), vocab) for _ in range(count)]
+
+
+def nano_vllm_workload(vocab: int, seed: int) -> list[tuple[float, list[int], int]]:
     """The 256 requests that nano-vLLM publishes figures for: 100 to 1,024 tokens in and out, 133,966 out with seed 0."""
     rng = random.Random(seed)
     prompts = [[rng.randint(0, 10000) % vocab for _ in range(rng.randint(100, 1024))] for _ in range(256)]
-    return [(prompt, rng.randint(100, 1024)) for prompt in prompts]
+    return [(0.0, prompt, rng.randint(100, 1024)) for prompt in prompts]
 
 
 def measure_roofline(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
@@ -3224,23 +3275,28 @@ class Roofline:
         return self.seconds
 
 
-def run_workload(llm: LLM, work) -> dict:
-    """Run [(prompt, output tokens), ...] greedily, all submitted at once. Seconds it took, samples of TTFT and of ITL."""
-    start = time.perf_counter()
-    requests = [llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
-                for prompt, tokens in work]
-    last: dict[Request, float] = {}
+def run_workload(llm: LLM, work: list[tuple[float, list[int], int]]) -> dict:
+    """Run [(seconds from now, prompt, output tokens), ...] greedily. Seconds it took; samples of TTFT, since a request was
+    due, and of ITL.
+    """
+    start, due, last = time.perf_counter(), {}, {}  # of each request, when it was due and when it got its last token
     first_token, gaps = [], []
-    while llm.has_work():
+    while len(due) < len(work) or llm.has_work():
+        while len(due) < len(work) and (at := start + work[len(due)][0]) <= time.perf_counter():
+            _, prompt, tokens = work[len(due)]
+            due[llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))] = at
+        if not llm.has_work():
+            time.sleep(max(0.0, at - time.perf_counter()))
+            continue
         changed = llm.step()
         now = time.perf_counter()
         for request in changed:
             if request in last:
                 gaps.append(now - last[request])
             else:
-                first_token.append(now - start)
+                first_token.append(now - due[request])
             last[request] = now
-    if any(len(request.tokens) - request.num_prompt != tokens for request, (_, tokens) in zip(requests, work)):
+    if any(len(request.tokens) - request.num_prompt != tokens for request, (*_, tokens) in zip(due, work)):
         raise RuntimeError("a request did not generate as many tokens as it was asked for")
     return {"seconds": time.perf_counter() - start, "ttft": first_token, "itl": gaps}
 
@@ -3259,7 +3315,7 @@ class TransformersPeer:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         self.model, self.work = model.to(device).eval(), work
         self.generation = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1)
-        blocks = sum(-(-(len(prompt) + tokens) // 32) for prompt, tokens in work) + len(work) + 2
+        blocks = sum(-(-(len(prompt) + tokens) // 32) for _, prompt, tokens in work) + len(work) + 2
         self.config = transformers.ContinuousBatchingConfig(page_size=32, num_blocks=blocks, max_batch_tokens=512,
                                                             max_requests_per_batch=len(work), allow_block_sharing=False)
 
@@ -3275,7 +3331,7 @@ class TransformersPeer:
         return seconds
 
     def _finish(self, manager, work):
-        for prompt, tokens in work:
+        for _, prompt, tokens in work:
             manager.add_request(prompt, max_new_tokens=tokens, eos_token_id=-1)
         finished = 0
         while finished < len(work):
@@ -3289,6 +3345,8 @@ def bench(args: argparse.Namespace) -> None:
     """Measure throughput and latency on a synthetic workload, and say what share of this machine's roofline that is."""
     import resource
 
+    if args.compare and args.rate < math.inf:
+        raise ValueError(f"--rate: {args.rate} can not go with --compare, which submits all requests at once")
     device, folder = pick_device(args.device), find_model(args.model) if args.model else None
     shape = read_json(folder / "config.json") if folder else SHAPES[args.shape]
     config = ModelConfig.from_dict(shape)
@@ -3297,10 +3355,14 @@ def bench(args: argparse.Namespace) -> None:
     model = None if folder else GPT(config, dtype, device, args.max_model_len, args.quantize).randomize(args.seed)
     llm = make_llm(args, model)
     vocab = llm.model.config.vocab_size
-    work = (nano_vllm_workload(vocab, args.seed) if args.nano_vllm else
-            workload(args.requests, args.input_len, args.output_len, vocab, args.seed))
-    num_in, num_out = sum(len(prompt) for prompt, _ in work), sum(tokens for _, tokens in work)
-    print(f"{llm.describe()}\n{len(work)} requests, {num_in:,} tokens in, {num_out:,} out, greedy, all submitted at once")
+    more = {"uniform": (args.input_len, args.output_len)} if args.workload == "uniform" else {"longest": llm.max_model_len}
+    jobs = workload(args.workload, args.requests, args.seed, scale=args.scale, rate=args.rate, burst=args.burst, **more)
+    work = [(job.at, token_ids(job.prompt, f"{args.seed} {job.text}", vocab), job.output) for job in jobs]
+    if args.nano_vllm:
+        work = nano_vllm_workload(vocab, args.seed)
+    num_in, num_out = sum(len(prompt) for _, prompt, _ in work), sum(tokens for *_, tokens in work)
+    come = f"over {work[-1][0]:.1f} s" if work[-1][0] else "all submitted at once"
+    print(f"{llm.describe()}\n{len(work)} requests, {num_in:,} tokens in, {num_out:,} out, greedy, {come}")
     peer = None
     if args.compare:
         peer = TransformersPeer(shape, dtype, device, work)
@@ -3332,6 +3394,8 @@ def bench(args: argparse.Namespace) -> None:
     if llm.drafter:
         print(f"drafts      {new['accepted']:,} of {new['drafted']:,} accepted; a request takes "
               f"{1 - new['saved_steps'] / new['output_tokens']:.2f} steps a token")
+    if new["hit_tokens"]:
+        print(f"prefix hits {new['hit_tokens'] / (args.runs * num_in):.1%} of the prompts")
     print(f"roofline    {100 * floor / seconds:.0f} % (the work's floor on this machine is {num_out / floor:,.0f} tok/s)")
     print(f"peak memory {peak:.2f} GiB" + (" (with the peer's)" if peer and device.type != "cuda" else ""))
     if theirs:
@@ -3436,8 +3500,12 @@ def parser_for(command: str) -> argparse.ArgumentParser:
     if command == "bench":
         parser.add_argument("--shape", default="gpt2", choices=SHAPES, help="without --model: random weights (gpt2)")
         parser.add_argument("--requests", type=positive, default=32, help="how many (32)")
-        parser.add_argument("--input-len", type=parse_range, default="16..256", help="tokens of the prompts (16..256)")
-        parser.add_argument("--output-len", type=parse_range, default="16..256", help="tokens to generate (16..256)")
+        parser.add_argument("--workload", default="uniform", choices=["uniform", *WORKLOADS], help="their lengths (uniform)")
+        parser.add_argument("--input-len", type=parse_range, default="16..256", help="uniform: in prompts (16..256)")
+        parser.add_argument("--output-len", type=parse_range, default="16..256", help="uniform: in answers (16..256)")
+        parser.add_argument("--scale", type=float, default=1.0, help="divide the others' lengths, for a small model (1)")
+        parser.add_argument("--rate", type=float, default=math.inf, help="requests a second (all at once)")
+        parser.add_argument("--burst", type=float, default=1.0, help="deviation over mean of their gaps (1, Poisson)")
         parser.add_argument("--nano-vllm", action="store_true", help="nano-vLLM's 256 requests instead")
         parser.add_argument("--runs", type=positive, default=3, help="the median of these is printed (3)")
         parser.add_argument("--compare", choices=["transformers"], help="run the same through this, in turn")

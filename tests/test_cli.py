@@ -7,10 +7,12 @@ import io
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -324,9 +326,10 @@ def test_bench_prints_its_figures(options, capsys, monkeypatch):
     tiny = ["--requests", "2", "--input-len", "3..5", "--output-len", "2..4", "--runs", "1"]
     assert main(["bench", *options, *tiny]) == 0
     out = capsys.readouterr().out
-    work = nanoserve.workload(2, (3, 5), (2, 4), 400, 0)
-    num_in, num_out = sum(len(prompt) for prompt, _ in work), sum(n for _, n in work)
-    assert f"2 requests, {num_in} tokens in, {num_out} out" in out
+    work = nanoserve.workload("uniform", 2, uniform=((3, 5), (2, 4)))
+    num_in, num_out = sum(job.prompt for job in work), sum(job.output for job in work)
+    assert f"2 requests, {num_in} tokens in, {num_out} out, greedy, all submitted at once" in out
+    assert "prefix hits" not in out
     for figure in ("output ", "TTFT ", "ITL ", "p99", "roofline ", "peak memory "):
         assert figure in out
 
@@ -337,11 +340,69 @@ def test_bench_refuses_what_the_model_can_not_hold(options, capsys, monkeypatch)
     assert "max_model_len=256" in capsys.readouterr().err
 
 
+def test_bench_runs_agents_as_they_arrive(options, capsys, monkeypatch):
+    """Each agent's later prompts begin with its earlier ones."""
+    monkeypatch.setattr(nanoserve, "measure_roofline", lambda dtype, device: (1e9, 1e9))
+    agents = ["--workload", "agents", "--requests", "16", "--scale", "60", "--runs", "1", "--rate", "400", "--burst", "2"]
+    assert main(["bench", *options, *agents]) == 0
+    out = capsys.readouterr().out
+    jobs = nanoserve.workload("agents", 16, scale=60, rate=400, burst=2, longest=256)
+    assert f"16 requests, {sum(job.prompt for job in jobs):,} tokens in, {sum(job.output for job in jobs):,} out" in out
+    assert f"over {jobs[-1].at:.1f} s" in out
+    assert float(re.search(r"prefix hits ([\d.]+)% of the prompts", out)[1]) > 30
+    for option, value in (("--rate", "0"), ("--burst", "-1"), ("--scale", "nan")):
+        assert main(["bench", *options, *agents, option, value]) == 2
+        assert f"{option[2:]}: {float(value)} is not above 0" in capsys.readouterr().err
+    assert main(["bench", *options, *agents, "--compare", "transformers"]) == 2
+    assert "--rate" in capsys.readouterr().err
+
+
+def test_time_to_first_token_counts_from_when_a_request_was_due(monkeypatch):
+    """On a clock on which a step takes a second: the second request is due in the middle of the first one's."""
+    llm = nanoserve.LLM(dtype="float32", device="cpu")
+    clock, step = SimpleNamespace(now=100.0), llm.step
+    monkeypatch.setattr(nanoserve, "time", SimpleNamespace(
+        perf_counter=lambda: clock.now, sleep=lambda seconds: vars(clock).update(now=clock.now + seconds)))
+    monkeypatch.setattr(llm, "step", lambda: (vars(clock).update(now=clock.now + 1), step())[1])
+    run = nanoserve.run_workload(llm, [(0.0, [5, 6, 7], 3), (1.5, [8, 9], 2), (9.0, [7], 1)])
+    assert run == {"seconds": 10.0, "ttft": [1.0, 1.5, 1.0], "itl": [1.0] * 3}
+
+
 def test_workloads_are_what_they_say():
-    work, again, other = (nanoserve.workload(32, (16, 256), (16, 256), 1000, seed) for seed in (0, 0, 1))
+    bounds = (16, 256), (16, 256)
+    work, again, other = (nanoserve.workload("uniform", 32, seed, uniform=bounds) for seed in (0, 0, 1))
     assert work == again != other
-    assert (len(work), sum(len(p) for p, _ in work), sum(n for _, n in work)) == (32, 5310, 4259)
-    assert all(16 <= len(p) <= 256 and 16 <= n <= 256 and max(p) < 1000 for p, n in work)
+    assert (len(work), sum(job.prompt for job in work), sum(job.output for job in work)) == (32, 5310, 4259)
+    assert all(16 <= job.prompt <= 256 and 16 <= job.output <= 256 and job.at == 0 for job in work)
+    nano = nanoserve.nano_vllm_workload(1000, 0)
+    assert (len(nano), sum(tokens for *_, tokens in nano)) == (256, 133_966)
+    for name, ((prompt, _), (output, _)) in nanoserve.WORKLOADS.items():
+        jobs = nanoserve.workload(name, 2000, scale=4)
+        if name != "agents":
+            assert statistics.median(job.prompt for job in jobs) == pytest.approx(prompt / 4, rel=0.1), name
+        assert statistics.median(job.output for job in jobs) == pytest.approx(output / 4, rel=0.1), name
+        cut = nanoserve.workload(name, 200, longest=100)
+        assert max(job.prompt + job.output for job in cut) <= 100 and min(min(job[1:3]) for job in cut) >= 1
+
+
+def test_agents_share_a_growing_prefix():
+    jobs = nanoserve.workload("agents", 8000, seed=3)
+    assert statistics.mean(job.prompt for job in jobs) == pytest.approx(8596, rel=0.05)  # Mooncake's means
+    assert statistics.mean(job.output for job in jobs) == pytest.approx(182, rel=0.05)
+    turns = [[job for job in jobs if job.text == text] for text in range(3)]
+    for mine in turns:
+        assert len(mine) == 8
+        assert all(b.prompt > a.prompt + a.output for a, b in zip(mine, mine[1:]))
+    ids = [nanoserve.token_ids(count, "0 5", 500) for count in (9, 4, 9)]
+    assert ids[0][:4] == ids[1] and ids[0] == ids[2] != nanoserve.token_ids(9, "0 6", 500) and min(ids[0]) >= 16
+
+
+@pytest.mark.parametrize("burst", [0.5, 1.0, 4.0])
+def test_arrivals_have_their_rate_and_burst(burst):
+    times = [job.at for job in nanoserve.workload("chat", 20_000, rate=5.0, burst=burst)]
+    gaps = [b - a for a, b in zip([0.0, *times], times)]
+    assert statistics.mean(gaps) == pytest.approx(0.2, rel=0.1)
+    assert statistics.stdev(gaps) / statistics.mean(gaps) == pytest.approx(burst, rel=0.1)
 
 
 # ---- for real ----

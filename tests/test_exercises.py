@@ -1,6 +1,8 @@
 """The exercises: every stub is the engine's own source, every solution passes, every mutant fails at both tiers."""
 
+import ast
 import csv
+import importlib
 import io
 import math
 import re
@@ -25,19 +27,39 @@ EXERCISES = check.exercises()
 each = pytest.mark.parametrize("number", EXERCISES)
 
 
-def answer(number):
-    return check.broken_request(number) if EXERCISES[number].PLANTED else None
+def graded(*args, **options):
+    """What `check.grade` says, with the exit code in the place of the result."""
+    result, message = check.grade(*args, **options)
+    return check.EXIT_CODES.get(result, check.WRONG), message
+
+
+def broken(number):
+    return check.reference(number).broken
+
+
+def solution(number, *edits):
+    """The engine's own functions as a submission; with edits, (what occurs once, what to put there), a mutant."""
+    ex, text = EXERCISES[number], check.answer(EXERCISES[number])
+    module = importlib.import_module(ex.MODULE)  # whatever else the functions use there
+    own = {name.split(".")[-1] for name in ex.NAMES}
+    used = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    imports = "".join(f"from {ex.MODULE} import {name}\n" for name in sorted(used & vars(module).keys() - own))
+    said = f"BROKEN = {broken(number)}\nWHY = 'because'\n" if ex.PLANTED else ""
+    return f"{ex.HEADER}\n{imports}\n{said}\n{text}\n"
 
 
 def grade(number, *edits, tiers=("unit", "engine")):
     """Grade the engine's own functions, edited."""
-    return check.grade(number, check.solution(EXERCISES[number], *edits, answer=answer(number)), tiers=tiers)
+    return graded(number, solution(number, *edits), tiers=tiers)
 
 
 @each
 def test_the_committed_stub_is_the_engines_function(number):
     ex = EXERCISES[number]
-    committed = check.stub_path(ex).read_text(encoding="utf-8")
+    committed = (check.STUBS / f"ex{number}.py").read_text(encoding="utf-8")
     assert committed == check.stub(ex), "run: python tutorial/check.py --regenerate"
     compile(committed, number, "exec")
 
@@ -45,7 +67,7 @@ def test_the_committed_stub_is_the_engines_function(number):
 @each
 def test_stub_gives_2_and_solution_0_quickly(number):
     start = time.process_time()
-    assert check.grade(number, check.stub(EXERCISES[number])) == (check.NOT_WRITTEN, "not written yet")
+    assert graded(number, check.stub(EXERCISES[number])) == (check.NOT_WRITTEN, "not written yet")
     code, report = grade(number)
     assert code == check.PASSED, report
     assert time.process_time() - start < 8
@@ -64,8 +86,7 @@ def test_mutant_is_wrong(number, mutant, tier):
 @pytest.mark.parametrize("tier", ("unit", "engine"))
 def test_the_canary_is_reached(number, tier):
     """Each function, in each tier: a body that raises is noticed, and so the submission's code is what runs."""
-    for text, docstring_ends in check.definitions(EXERCISES[number]):
-        head = "\n".join(text.splitlines()[:docstring_ends])
+    for head in check.heads(check.answer(EXERCISES[number])):
         code, message = grade(number, (head, head + '\n    raise LookupError("canary")'), tiers=(tier,))
         assert code == check.WRONG and "LookupError" in message and "canary" in message
 
@@ -73,17 +94,17 @@ def test_the_canary_is_reached(number, tier):
 @each
 def test_an_exercise_is_complete(number):
     ex = EXERCISES[number]
-    spec, cases, (tokens, _, counters) = check.reference(number)
+    want = check.reference(number)
     assert ex.KIND in ("fill in", "bug hunt", "policy") and bool(ex.PLANTED) == (ex.KIND == "bug hunt")
-    assert len(ex.MUTANTS) >= 4 and len(ex.HINTS) >= 3 and len(cases) >= 6 and len(tokens) >= 4
+    assert len(ex.MUTANTS) >= 4 and len(ex.HINTS) >= 3 and len(want.cases) >= 6 and len(want.run.tokens) >= 4
     assert 5 <= ex.MINUTES <= 90 and 1 <= ex.DIFFICULTY <= 5 and 1 <= ex.IMPORTANCE <= 5 and len(ex.text) > 200
-    assert len({min(r[0] for r in spec.REQUESTS), *(r[0] for r in spec.REQUESTS)}) > 1, "requests must interleave"
+    assert len({request[0] for request in want.spec.REQUESTS}) > 1, "requests must interleave"
 
 
 def test_all_kinds_are_there():
     assert {ex.KIND for ex in EXERCISES.values()} == {"fill in", "bug hunt", "policy"}
     assert list(EXERCISES) == [f"{i + 1:02d}" for i in range(len(EXERCISES))]
-    stubs = {path.stem for path in (ROOT / "tutorial/exercises/stubs").glob("*.py")}
+    stubs = {path.stem for path in check.STUBS.glob("*.py")}
     assert stubs == {f"ex{number}" for number in EXERCISES}
 
 
@@ -111,7 +132,7 @@ CHEATS = {
 
 @pytest.mark.parametrize("cheat", CHEATS)
 def test_what_is_no_solution_does_not_pass(cheat):
-    code, message = check.grade("01", CHEATS[cheat])
+    code, message = graded("01", CHEATS[cheat])
     assert code == (check.NOT_WRITTEN if cheat == "another name" else check.WRONG), message
 
 
@@ -119,16 +140,17 @@ def test_what_is_no_solution_does_not_pass(cheat):
 @pytest.mark.parametrize("tier", ("unit", "engine"))
 def test_the_planted_bug_is_noticed(number, tier):
     """With the number of the request guessed right, and something else changed."""
-    source = check.stub(EXERCISES[number]).replace("BROKEN = None", f"BROKEN = {answer(number)}; WHY = 'a guess'")
-    code, message = check.grade(number, source.replace('WHY = ""', "") + "\n\ndef other():\n    pass\n", tiers=(tier,))
+    source = check.stub(EXERCISES[number]).replace("BROKEN = None", f"BROKEN = {broken(number)}; WHY = 'a guess'")
+    code, message = graded(number, source.replace('WHY = ""', "") + "\n\ndef other():\n    pass\n", tiers=(tier,))
     assert code == check.WRONG and "BROKEN" not in message, message
 
 
 def test_bug_hunts_want_the_request_and_the_reason():
     for number, ex in EXERCISES.items():
         if ex.PLANTED:
-            wrong = check.grade(number, check.solution(ex, answer=answer(number) + 1))
-            silent = check.grade(number, check.solution(ex, answer=answer(number)).replace("WHY = 'because'", ""))
+            told = f"BROKEN = {broken(number)}"
+            wrong = graded(number, solution(number).replace(told, told + " + 1"))
+            silent = graded(number, solution(number).replace("WHY = 'because'", ""))
             assert wrong[0] == silent[0] == check.WRONG and "BROKEN" in wrong[1] and "WHY" in silent[1]
             assert grade(number)[1].startswith("WHY: because\n"), "for the teacher, in the first line"
 
@@ -163,10 +185,10 @@ def test_a_students_way(run, tmp_path):
     assert run("03", "--hint")[1].count("hint") == 1 and run("03", "--hint")[1].count("hint") >= 2
     assert run("03", "--diff")[0] == check.WRONG
     name, mutant = next(iter(EXERCISES["03"].MUTANTS.items()))
-    (tmp_path / "ex03.py").write_text(check.solution(EXERCISES["03"], *mutant))
+    (tmp_path / "ex03.py").write_text(solution("03", *mutant))
     code, printed = run("03")
     assert code == check.WRONG and "likely cause" in printed, name
-    (tmp_path / "ex03.py").write_text("print('hello')\n" + check.solution(EXERCISES["03"]))
+    (tmp_path / "ex03.py").write_text("print('hello')\n" + solution("03"))
     code, printed = run("03")
     assert code == check.PASSED and "hello" in printed and "identical tokens" in printed
     assert "passed" in run()[1] and run("03", "--diff")[0] == check.PASSED
@@ -187,7 +209,7 @@ def test_a_broken_installation_is_3(tmp_path, run):
     shutil.copytree(ROOT / "tutorial", tmp_path / "tutorial", ignore=shutil.ignore_patterns("model", "draft", "figures"))
     shutil.copy(ROOT / "kernels.py", tmp_path)
     (tmp_path / "nanoserve.py").write_text("raise ImportError('no torch here')\n")
-    shutil.copy(check.stub_path(EXERCISES["01"]), tmp_path / "ex01.py")
+    shutil.copy(check.STUBS / "ex01.py", tmp_path)
     command = [sys.executable, tmp_path / "tutorial/check.py", "01"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == check.BROKEN, done.stdout + done.stderr
@@ -230,7 +252,7 @@ SUBMISSIONS = {  # student: what is in ex04.py, the result, and what the message
     "gus": ("from cache import BlockPool\nmatch = BlockPool.match", "wrong", "the exercise is to write it"),
     "hana": (check.stub(EXERCISES["04"]), "not written", "not written yet"),
     "ida": ("def match(self, tokens root):", "wrong", "SyntaxError"),
-    "jo": (check.solution(EXERCISES["04"]), "copied", "word for word the engine's own"),
+    "jo": (solution("04"), "copied", "word for word the engine's own"),
     "kim": ("for path in (FOLDER + '/lou/ex04.py', 'ex04.py', '../lou/ex04.py'):\n    open(path, 'w').write('')\n",
             "wrong", "FileNotFoundError"),
     "lou": (b"\xff\x00 no text", "wrong", "Error"),
@@ -291,7 +313,7 @@ def test_the_instructors_guide_fits():
 
 def test_what_the_fair_exercise_says_of_others_is_so():
     """The figures in its text: first come, first served, counters without a floor, and the engine's own."""
-    ex, (_, _, (_, _, counters)) = EXERCISES["10"], check.reference("10")
+    ex, counters = EXERCISES["10"], check.reference("10").run.counters
     fcfs, saving, own = (int(line) for line in re.findall(r": +(\d+)$", ex.text, re.MULTILINE))
     assert counters["service differs by"] == own and f"2 U = {counters['at most']}" in ex.text
     for mutant, figure in (("first come, first served", fcfs), ("lets tenants save up", saving)):

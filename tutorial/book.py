@@ -1,4 +1,4 @@
-"""What the chapters share: options, predictions, tables, measures, figures, and workloads with names.
+"""What the chapters share: options, predictions, tables, measures, figures; and `workload`, which is also what bench runs.
 
 A chapter is a script with `# %%` cells: run it, or open it in an editor that shows cells. All of them take
 
@@ -10,15 +10,15 @@ Lines that begin with ~ hold seconds of the machine at hand; everything else is 
 import argparse
 import contextlib
 import math
-import random
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]  # the four modules, where they are not installed
+
+from nanoserve import Arrival, token_ids, workload  # noqa: E402, F401
 
 
 def options(doc: str) -> argparse.Namespace:
@@ -133,47 +133,3 @@ def figure(args: argparse.Namespace, name: str, columns: int = 1, size: tuple[fl
         with Image.open(path) as image:  # a third of the bytes, and nobody sees it
             image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
         plt.close(drawing)
-
-
-# ---- workloads ------------------------------------------------------------------------------------------------------
-
-
-class Arrival(NamedTuple):
-    """A request of a workload: when it comes (seconds), and how many tokens go in and out."""
-
-    at: float
-    prompt: int
-    output: int
-
-
-# Medians of prompt and output tokens, and how far lengths spread: the sigma of a lognormal, ln(P90 / P50) / 1.28 where
-# the source has a P90, 1.0 where not. Chapters divide lengths by a scale, so that they fit a small model's context.
-WORKLOADS = {
-    "chat": ((1020, 1.0), (129, 1.0)),  # Azure's conversation trace, Splitwise arXiv:2311.18677 (medians)
-    "code": ((1500, 1.0), (13, 1.0)),  # Azure's coding trace, the same
-    "summarize": ((7059, 0.48), (208, 0.45)),  # arxiv_summarization as in Sarathi-Serve arXiv:2403.02310
-    "assistant": ((1730, 0.93), (415, 0.55)),  # ShareGPT conversations as in Sarathi-Serve
-}
-
-
-def workload(name: str, count: int, seed: int = 0, *, scale: float = 8, rate: float = math.inf, burst: float = 1.0,
-             longest: int = 1024) -> list[Arrival]:
-    """Requests with the lengths of a named workload, arriving at `rate` per second; all at once if that is infinite.
-
-    Gaps between arrivals have the coefficient of variation `burst`: 1 is Poisson, more is burstier (a gamma distribution,
-    as BurstGPT arXiv:2401.17644 fits to its traces). Prompt and output together are at most `longest`.
-    """
-    rng, at, found = random.Random(f"{name} {seed}"), 0.0, []
-    for _ in range(count):
-        at += rng.gammavariate(1 / burst**2, burst**2 / rate) if rate < math.inf else 0.0
-        prompt, output = (max(1, round(rng.lognormvariate(math.log(median / scale), sigma)))
-                          for median, sigma in WORKLOADS[name])
-        output = min(output, longest // 2)
-        found.append(Arrival(at, min(prompt, longest - output), output))
-    return found
-
-
-def token_ids(count: int, seed, vocab: int) -> list[int]:
-    """Random tokens, without the first few, which mean something."""
-    rng = random.Random(f"tokens {seed}")
-    return [rng.randrange(min(16, vocab // 2), vocab) for _ in range(count)]

@@ -38,9 +38,7 @@ from nanoserve import LLM, SHAPES, Batch, ModelConfig, SamplingParams, parameter
 
 args = book.options(__doc__)
 torch.set_grad_enabled(False)
-llm = LLM(
-    args.model, device=args.device, dtype="float32", prefix_caching=False
-)  # float32: greedy tokens can be compared
+llm = LLM(args.model, device=args.device, dtype="float32", prefix_caching=False)  # in float32 tokens can be compared
 model, config = llm.model, llm.model.config
 prompt = llm.tokenizer.encode("Once upon a time there was")
 WRITE = 128
@@ -82,10 +80,8 @@ with book.Timer() as with_cache:
     fast, fast_passes = generate(prompt, WRITE, use_cache=True)
 (engine,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=WRITE, ignore_eos=True))
 assert slow == fast == engine.token_ids, "the cache may change nothing"
-print(
-    f"\nprompt of {len(prompt)} tokens, {WRITE} written; the loop, the loop with a cache and the engine all wrote:\n  "
-    f"{llm.tokenizer.decode(fast)!r}"
-)
+print(f"\nprompt of {len(prompt)} tokens, {WRITE} written; the loop, the loop with a cache and the engine all wrote:\n  "
+      f"{llm.tokenizer.decode(fast)!r}")
 
 # %% [markdown]
 # ## What it costs, counted
@@ -104,36 +100,16 @@ def flops(passes):
 
 
 rows = {name: sum(n for n, _ in passes) for name, passes in (("without", slow_passes), ("with", fast_passes))}
-times = {"without": without.seconds, "with": with_cache.seconds}
-book.table(
-    "cache | passes | rows | query-key pairs | GFLOP | GFLOP in attention",
-    [
-        (
-            name,
-            len(p),
-            rows[name],
-            sum(pairs for _, pairs in p),
-            sum(flops(p)) / 1e9,
-            per_pair * sum(x for _, x in p) / 1e9,
-        )
-        for name, p in (("without", slow_passes), ("with", fast_passes))
-    ],
-    "the same 128 tokens",
-)
+book.table("cache | passes | rows | query-key pairs | GFLOP | GFLOP in attention",
+    [(name, len(p), rows[name], sum(x for _, x in p), sum(flops(p)) / 1e9, per_pair * sum(x for _, x in p) / 1e9)
+     for name, p in (("without", slow_passes), ("with", fast_passes))], "the same 128 tokens")
 print(f"~ seconds: {without.seconds:.2f} without, {with_cache.seconds:.2f} with the cache")
 ratio = rows["without"] / rows["with"]
-book.predicted(
-    "rows without a cache, relative to with one",
-    PREDICT,
-    ratio,
+book.predicted("rows without a cache, relative to with one", PREDICT, ratio,
     f"without: {WRITE} passes over {len(prompt)}, {len(prompt) + 1}, ... tokens, {rows['without']:,} rows; with: the prompt "
-    f"once, then one row for each of {WRITE - 1}, {rows['with']}",
-)
-print(
-    f"\n  rows shrink {ratio:.0f}-fold, FLOPs only {sum(flops(slow_passes)) / sum(flops(fast_passes)):.0f}-fold: "
-    f"every written token pays for its "
-    f"{head:,} output weights either way"
-)
+    f"once, then one row for each of {WRITE - 1}, {rows['with']}")
+print(f"\n  rows shrink {ratio:.0f}-fold, FLOPs only {sum(flops(slow_passes)) / sum(flops(fast_passes)):.0f}-fold: "
+      f"every written token pays for its {head:,} output weights either way")
 
 # %% [markdown]
 # ## Prefill and decode
@@ -156,11 +132,8 @@ for _ in range(5):
     one_by_one.append(t.seconds)
 assert torch.allclose(together, single, atol=1e-2), "prefill and decode compute the same"
 gain = min(one_by_one) / min(at_once)
-print(
-    f"\n256 tokens, the same rows, the same weights: 1 pass or 256 passes\n"
-    f"~ at once {1e3 * min(at_once):.0f} ms, one by one "
-    f"{1e3 * min(one_by_one):.0f} ms: {gain:.0f} times as long"
-)
+print("\n256 tokens, the same rows, the same weights: 1 pass or 256 passes\n"
+      f"~ at once {1e3 * min(at_once):.0f} ms, one by one {1e3 * min(one_by_one):.0f} ms: {gain:.0f} times as long")
 
 # %% [markdown]
 # ## From scores to a token
@@ -181,13 +154,10 @@ ways = {
 }
 shown = []
 for name, (temperature, top_k, top_p, min_p) in ways.items():
-    probs = kernels.token_probabilities(
-        scores, *(torch.tensor([x], device=scores.device) for x in (temperature, top_k, top_p, min_p))
-    )[0]
-    value, token = probs.topk(3)
-    likely = "  ".join(
-        f"{llm.tokenizer.decode([t])!r} {100 * v:.0f} %" for v, t in zip(value.tolist(), token.tolist()) if v
-    )
+    settings = (torch.tensor([x], device=scores.device) for x in (temperature, top_k, top_p, min_p))
+    (probs,) = kernels.token_probabilities(scores, *settings)
+    likeliest = zip(*(x.tolist() for x in probs.topk(3)))
+    likely = "  ".join(f"{llm.tokenizer.decode([token])!r} {100 * p:.0f} %" for p, token in likeliest if p)
     shown.append((name, int((probs > 0).sum()), float(-(probs * probs.clamp(min=1e-30).log2()).sum()), likely))
 book.table("way | tokens left | bits of choice | likeliest", shown, "what may come next")
 twice = [llm.generate([prompt], SamplingParams(temperature=1.2, seed=7, max_tokens=20))[0].token_ids for _ in range(2)]
@@ -210,18 +180,13 @@ for count in (1, 2, 8, 32, 128):
 book.table("tokens written | rows without | rows with | gain", saved, "an answer of one token gains nothing")
 
 memory = []
-for name, c, itemsize in (
-    ("this model", config, 2),
-    *((name, ModelConfig.from_dict(SHAPES[name]), 2) for name in ("qwen3-0.6b", "llama-3.1-8b")),
-):
-    per_token = KVCache.bytes_per_block(c.num_layers, 1, c.num_kv_heads, c.head_dim, itemsize)
-    weights = itemsize * sum(math.prod(p.shape) for p in parameters(c))
+for name in ("this model", "qwen3-0.6b", "llama-3.1-8b"):
+    c = ModelConfig.from_dict(SHAPES[name]) if name in SHAPES else config
+    per_token = KVCache.bytes_per_block(c.num_layers, 1, c.num_kv_heads, c.head_dim, 2)
+    weights = 2 * sum(math.prod(p.shape) for p in parameters(c))
     memory.append((name, per_token, weights / 2**20, weights // per_token))
-book.table(
-    "model, 16 bits | KV bytes per token | weights MiB | tokens that take as much as the weights",
-    memory,
-    "what the cache costs",
-)
+book.table("model, 16 bits | KV bytes per token | weights MiB | tokens that take as much as the weights", memory,
+    "what the cache costs")
 
 # %%
 with book.figure(args, "ch01_generate", columns=2) as axes:

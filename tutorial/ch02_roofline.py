@@ -41,10 +41,8 @@ device, dtype = torch.device(args.device), torch.float32
 config = ModelConfig.from_dict(SHAPES["qwen3-small"])
 llm = LLM(GPT(config, dtype, device, 512).randomize(), max_batch_tokens=256, prefix_caching=False, kv_memory=1 << 28)
 bandwidth, rate = measure_roofline(dtype, device)
-print(
-    f"\n{llm.describe()}\n~ this machine: {bandwidth / 1e9:.1f} GB/s, {rate / 1e9:,.0f} GFLOP/s, "
-    f"ridge at {rate / bandwidth:.1f} FLOPs per byte"
-)
+print(f"\n{llm.describe()}\n~ this machine: {bandwidth / 1e9:.1f} GB/s, {rate / 1e9:,.0f} GFLOP/s, "
+      f"ridge at {rate / bandwidth:.1f} FLOPs per byte")
 
 # %% [markdown]
 # ## Bytes and FLOPs of a step, counted
@@ -77,13 +75,8 @@ def measured_step():
 
 def decode(requests):
     """(bytes, FLOPs, seconds) of one step in which so many requests decode."""
-    added = [
-        llm.add_request(
-            book.token_ids(CONTEXT, i, config.vocab_size),
-            SamplingParams(temperature=0, max_tokens=200, ignore_eos=True),
-        )
-        for i in range(requests)
-    ]
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    added = [llm.add_request(book.token_ids(CONTEXT, i, config.vocab_size), params) for i in range(requests)]
     while any(request.num_output == 0 for request in added):
         llm.step()
     seconds = [measured_step() for _ in range(5)]
@@ -95,7 +88,6 @@ def decode(requests):
 
 def prefill(tokens):
     """The same for a step that computes a prompt of so many tokens."""
-
     def prompt():
         llm.add_request(book.token_ids(tokens, 0, config.vocab_size), SamplingParams(temperature=0, max_tokens=1))
 
@@ -113,31 +105,20 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 steps = {f"decode, {n} request{'s' * (n > 1)}": (n, decode(n)) for n in BATCHES} | {
     f"prefill, {n} tokens": (n, prefill(n)) for n in (16, 64, 256)
 }
-book.table(
-    "step | MB | MFLOP | FLOPs per byte | bound by, on an H200",
-    [
-        (name, moved / 1e6, flops / 1e6, flops / moved, "memory" if flops / moved < 206 else "arithmetic")
-        for name, (_, (moved, flops, _)) in steps.items()
-    ],
-    "exact: what a step has to read and to compute (float32)",
-)
+book.table("step | MB | MFLOP | FLOPs per byte | bound by, on an H200",
+    [(name, moved / 1e6, flops / 1e6, flops / moved, "memory" if flops / moved < 206 else "arithmetic")
+     for name, (_, (moved, flops, _)) in steps.items()], "exact: what a step has to read and to compute (float32)")
 print("\n~ step                  floor ms   measured ms   share of the roofline   tokens/s   bound by")
 floors = {}
 for name, (n, (moved, flops, seconds)) in steps.items():
     floors[name] = floor = max(moved / bandwidth, flops / rate)
-    print(
-        f"~ {name:22s}{1e3 * floor:8.2f}{1e3 * seconds:14.2f}{100 * floor / seconds:20.0f} %{n / seconds:16,.0f}   "
-        f"{'memory' if moved / bandwidth > flops / rate else 'arithmetic'}"
-    )
+    print(f"~ {name:22s}{1e3 * floor:8.2f}{1e3 * seconds:14.2f}{100 * floor / seconds:20.0f} %{n / seconds:16,.0f}   "
+          f"{'memory' if moved / bandwidth > flops / rate else 'arithmetic'}")
 
 one, sixteen = steps["decode, 1 request"][1], steps["decode, 16 requests"][1]
 gain = (sixteen[1] / sixteen[0]) / (one[1] / one[0])
-book.predicted(
-    "FLOPs per byte, 16 requests against one",
-    PREDICT,
-    gain,
-    f"16 times the FLOPs; the weights are read once, but 16 caches: {sixteen[0] / one[0]:.2f} times the bytes",
-)
+book.predicted("FLOPs per byte, 16 requests against one", PREDICT, gain,
+    f"16 times the FLOPs; the weights are read once, but 16 caches: {sixteen[0] / one[0]:.2f} times the bytes")
 if any(floors[name] > seconds for name, (_, (_, _, seconds)) in steps.items()):
     print("~ (a share above 100 %: the machine was busy with something else while its roofline was measured)")
 
@@ -163,9 +144,8 @@ def turning_point(ridge, weights, itemsize, kv, pair, context):
 
 
 turns = turning_point(ridge, weights, dtype.itemsize, kv, pair, CONTEXT)
-print(
-    f"\n~ on this machine, with a ridge at {ridge:.1f} FLOPs per byte, arithmetic decides from {turns:.0f} requests on"
-)
+print(f"\n~ on this machine, with a ridge at {ridge:.1f} FLOPs per byte, arithmetic decides from {turns:.0f} requests on")
+
 # %% [markdown]
 # ## Where batching does not help
 #
@@ -187,25 +167,13 @@ def intensity(requests, context):
 
 
 contexts = (128, 1024, 8192, 65536)
-book.table(
-    "context | 1 request | 16 | 256 | 4,096 | arithmetic-bound from",
-    [
-        (
-            context,
-            *(intensity(n, context) for n in (1, 16, 256, 4096)),
-            f"{turn:,.0f} requests"
-            if math.isfinite(turn := turning_point(H200, big, 2, big_kv, big_pair, context))
-            else "never",
-        )
-        for context in contexts
-    ],
-    f"Llama-3.1-8B, bf16, decoding: FLOPs per byte (an H200's ridge is at {H200:.0f})",
-)
-book.bars(
-    {f"context {c:,}": intensity(256, c) for c in contexts},
-    "FLOPs per byte",
-    "256 requests: the longer the context, the less a batch helps",
-)
+found = {context: turning_point(H200, big, 2, big_kv, big_pair, context) for context in contexts}
+book.table("context | 1 request | 16 | 256 | 4,096 | arithmetic-bound from",
+    [(context, *(intensity(n, context) for n in (1, 16, 256, 4096)), f"{turn:,.0f} requests" if turn < math.inf else "never")
+     for context, turn in found.items()],
+    f"Llama-3.1-8B, bf16, decoding: FLOPs per byte (an H200's ridge is at {H200:.0f})")
+book.bars({f"context {c:,}": intensity(256, c) for c in contexts}, "FLOPs per byte",
+    "256 requests: the longer the context, the less a batch helps")
 
 # %%
 with book.figure(args, "ch02_roofline", columns=2, size=(9, 3.6)) as axes:
@@ -214,31 +182,16 @@ with book.figure(args, "ch02_roofline", columns=2, size=(9, 3.6)) as axes:
         for kind, marker, colour in (("decode", "o-", book.BLUE), ("prefill", "s--", book.ORANGE)):
             points = [(n, flops / moved) for name, (n, (moved, flops, _)) in steps.items() if name.startswith(kind)]
             left.plot([n for n, _ in points], [y for _, y in points], marker, color=colour, label=kind)
-        left.set(
-            title="34M weights in float32, counted",
-            xlabel="tokens in the step",
-            ylabel="FLOPs per byte",
-            xscale="log",
-            yscale="log",
-        )
+        left.set(title="34M weights in float32, counted", xlabel="tokens in the step", ylabel="FLOPs per byte",
+                 xscale="log", yscale="log")
         left.legend(fontsize=9, loc="lower right")
         batches = [2**i for i in range(13)]
-        for context, colour, style in zip(
-            contexts, (book.BLUE, book.GREEN, book.ORANGE, book.RED), ("-", "--", "-.", ":")
-        ):
-            right.plot(
-                batches, [intensity(n, context) for n in batches], style, color=colour, label=f"context {context:,}"
-            )
+        for context, colour, style in zip(contexts, (book.BLUE, book.GREEN, book.ORANGE, book.RED), ("-", "--", "-.", ":")):
+            right.plot(batches, [intensity(n, context) for n in batches], style, color=colour, label=f"context {context:,}")
         right.axhline(H200, color=book.BLACK, linewidth=1)
         right.annotate("H200's ridge", (1.2, H200 * 1.15), fontsize=9)
-        right.set(
-            title="Llama-3.1-8B on an H200, calculated",
-            xlabel="requests",
-            ylim=(0.2, 1500),
-            ylabel="FLOPs per byte",
-            xscale="log",
-            yscale="log",
-        )
+        right.set(title="Llama-3.1-8B on an H200, calculated", xlabel="requests", ylabel="FLOPs per byte",
+                  ylim=(0.2, 1500), xscale="log", yscale="log")
         right.legend(fontsize=9, loc="lower right")
 
 # %% [markdown]

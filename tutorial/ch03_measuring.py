@@ -37,11 +37,13 @@ import book
 import numpy as np
 from simulator import Engine, Simulator, serve, work
 
-from nanoserve import LLM, KVCache
+from cache import BlockPool, KVCache
+from nanoserve import LLM
 
 args = book.options(__doc__)
 LIMITS = {"max_batch_tokens": 64, "max_batch_requests": 16, "max_model_len": 1000}
 FIRST, GAP, READS = 30, 4, 0.25  # targets: until the first token, between two; tokens that a reader reads per unit of time
+SYSTEM = book.token_ids(32, "system", 1000)  # every prompt begins with these tokens
 ASSUMED = (1, 1 / 64, 0, 0)  # the unit is a step of one token, as in chapter 07, until this machine's steps are measured
 Metrics = namedtuple("Metrics", "ttft tpot longest_itl total in_time experience")
 
@@ -69,10 +71,10 @@ book.table("tokens come | TTFT | TPOT | longest ITL | total | in time | experien
 # %%
 
 
-def simulate(jobs, weights=ASSUMED, clients=None, **more):
+def simulate(jobs, weights=ASSUMED, clients=None, blocks=4096, **more):
     """(records, simulator). The scheduler's own count of who was in time must be that of the definition above."""
-    server = Simulator(weights, (FIRST, GAP), **more, **LIMITS)
-    records = serve(server, jobs, clients)
+    server = Simulator(weights, BlockPool(blocks, 16), (FIRST, GAP), **more, **LIMITS)
+    records = serve(server, jobs, clients, SYSTEM)
     assert server.scheduler.num_in_time == sum(measure(r.due, r.times).in_time for r in records)
     return records, server
 
@@ -150,10 +152,10 @@ KV_MEMORY = BLOCKS * KVCache.bytes_per_block(c.num_layers, 16, c.num_kv_heads, c
 def engine(jobs):
     """(records, engine)"""
     server = Engine(LLM(model, kv_memory=KV_MEMORY, **LIMITS))
-    return serve(server, jobs), server
+    return serve(server, jobs, system=SYSTEM), server
 
 
-short, long = (book.workload(name, 60, scale=16, rate=1, longest=960) for name in ("assistant", "summarize"))
+short, long = (book.workload(name, 60, scale=16, rate=1, longest=960) for name in ("assistant", "summarization"))
 trace = [job._replace(at=0.0) for job in book.workload("chat", 60, scale=16, rate=1, longest=256)]
 runs, simulated = [engine(trace)[1] for _ in range(4)], simulate(trace, blocks=BLOCKS)[1]
 assert all(run.plans == simulated.plans for run in runs), "the simulator plans the same steps as the engine"

@@ -28,6 +28,7 @@ Effect: 3.3 times as many requests at once in the same memory, 2.9 times fewer s
 PREDICT = 2.0  # How many times more requests run at once with blocks of 16 than with 1,024 slots reserved for each?
 
 # %%
+import bisect
 import statistics
 from types import SimpleNamespace
 
@@ -41,11 +42,9 @@ from scheduler import Request, Scheduler
 args = book.options(__doc__)
 SLOTS, LONGEST = 8192, 1024
 jobs = book.workload("assistant", 160, seed=1, scale=8, longest=LONGEST)
-print(
-    f"\n{len(jobs)} requests, all waiting from the start: {sum(j.prompt for j in jobs) / len(jobs):.0f} tokens in and "
-    f"{sum(j.output for j in jobs) / len(jobs):.0f} out on average, "
-    f"{max(j.prompt + j.output for j in jobs)} together at most"
-)
+print(f"\n{len(jobs)} requests, all waiting from the start: {sum(j.prompt for j in jobs) / len(jobs):.0f} tokens in and "
+      f"{sum(j.output for j in jobs) / len(jobs):.0f} out on average, "
+      f"{max(j.prompt + j.output for j in jobs)} together at most")
 
 # %% [markdown]
 # ## In one piece
@@ -74,9 +73,7 @@ def in_one_piece(jobs, reserve):
     while waiting or reserved:
         while waiting and (at := first_fit(reserved, reserve(waiting[0]))) is not None:
             job = waiting.pop(0)
-            reserved = sorted(
-                [*reserved, (at, at + reserve(job), SimpleNamespace(job=job, done=0))], key=lambda r: r[0]
-            )
+            bisect.insort(reserved, (at, at + reserve(job), SimpleNamespace(job=job, done=0)), key=lambda r: r[0])
         free = SLOTS - sum(end - start for start, end, _ in reserved)
         seen.blocked += bool(waiting) and free >= reserve(waiting[0])  # enough room, but not in one piece
         for _, _, running in reserved:
@@ -142,34 +139,18 @@ schemes = {
     "reserve exactly (oracle)": in_one_piece(jobs, lambda job: job.prompt + job.output),
     "blocks of 16": in_blocks(jobs),
 }
-book.table(
-    "memory | requests at once | slots holding a token | taken, empty | free | steps to serve all | "
-    "held up by gaps | computed twice",
-    [
-        (
-            name,
-            s.busy(s.running),
-            f"{100 * s.busy(s.used) / SLOTS:.0f} %",
-            f"{100 * (s.busy(s.taken) - s.busy(s.used)) / SLOTS:.0f} %",
-            f"{100 * (1 - s.busy(s.taken) / SLOTS):.0f} %",
-            s.steps,
-            s.blocked,
-            s.computed - schemes["reserve the longest"].computed,
-        )
-        for name, s in schemes.items()
-    ],
-    f"{len(jobs)} requests in {SLOTS:,} slots",
-)
 worst, paged = schemes["reserve the longest"], schemes["blocks of 16"]
+book.table("memory | requests at once | slots holding a token | taken, empty | free | steps to serve all | "
+    "held up by gaps | computed twice",
+    [(name, s.busy(s.running), f"{100 * s.busy(s.used) / SLOTS:.0f} %",
+      f"{100 * (s.busy(s.taken) - s.busy(s.used)) / SLOTS:.0f} %", f"{100 * (1 - s.busy(s.taken) / SLOTS):.0f} %",
+      s.steps, s.blocked, s.computed - worst.computed) for name, s in schemes.items()],
+    f"{len(jobs)} requests in {SLOTS:,} slots")
 gain = paged.busy(paged.running) / worst.busy(worst.running)
 mean = paged.busy(paged.used) / paged.busy(paged.running)
-book.predicted(
-    "requests at once, blocks against reserving the longest",
-    PREDICT,
-    gain,
+book.predicted("requests at once, blocks against reserving the longest", PREDICT, gain,
     f"a running request holds {mean:.0f} tokens on average: {SLOTS:,} / {mean:.0f} = {SLOTS / mean:.0f} of them, against "
-    f"{SLOTS:,} / {LONGEST:,} = {SLOTS // LONGEST}",
-)
+    f"{SLOTS:,} / {LONGEST:,} = {SLOTS // LONGEST}")
 book.bars({name: s.busy(s.running) for name, s in schemes.items()}, "requests", "running at once")
 
 # %% [markdown]
@@ -191,25 +172,14 @@ def attention_seconds(block_size, requests=16, length=512, heads=8, kv_heads=2, 
     q = torch.randn(requests, heads, head_dim, device=device)
     lens = torch.full((requests,), length, dtype=torch.int32, device=device)
     starts = torch.arange(requests + 1, dtype=torch.int32, device=device)
-    seconds = []
-    for _ in range(25):
-        with book.Timer() as t:
-            kernels.paged_attention(q, k, v, tables, lens, starts, head_dim**-0.5)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-        seconds.append(t.seconds)
-    return statistics.median(seconds[5:])
+    return book.median_seconds(lambda: kernels.paged_attention(q, k, v, tables, lens, starts, head_dim**-0.5), 25,
+                               torch.cuda.synchronize if device.type == "cuda" else lambda: None)
 
 
 sweep = {size: in_blocks(jobs, size) for size in (1, 4, 16, 64, 256)}
-book.table(
-    "block size | taken, empty | requests at once | steps | table entries for 1,024 tokens",
-    [
-        (size, f"{100 * (s.busy(s.taken) - s.busy(s.used)) / SLOTS:.1f} %", s.busy(s.running), s.steps, LONGEST // size)
-        for size, s in sweep.items()
-    ],
-    "the block-size sweep",
-)
+book.table("block size | taken, empty | requests at once | steps | table entries for 1,024 tokens",
+    [(size, f"{100 * (s.busy(s.taken) - s.busy(s.used)) / SLOTS:.1f} %", s.busy(s.running), s.steps, LONGEST // size)
+     for size, s in sweep.items()], "the block-size sweep")
 times = {size: attention_seconds(size) for size in sweep}
 print("~ attention, microseconds: " + ", ".join(f"{1e6 * t:.0f} at {size}" for size, t in times.items()))
 
@@ -226,30 +196,17 @@ print("~ attention, microseconds: " + ", ".join(f"{1e6 * t:.0f} at {size}" for s
 # (chapter 08).
 
 # %%
-even = [book.Arrival(0, 192, 64)] * 96
-same = {"reserve exactly": in_one_piece(even, lambda job: job.prompt + job.output), "blocks of 16": in_blocks(even)}
-growing = [book.Arrival(0, 16, 496)] * 64
-grow = {
-    "reserve exactly": in_one_piece(growing, lambda job: job.prompt + job.output),
-    "blocks of 16": in_blocks(growing),
-}
+def exactly_or_in_blocks(jobs):
+    return {"reserve exactly": in_one_piece(jobs, lambda job: job.prompt + job.output), "blocks of 16": in_blocks(jobs)}
+
+
+same = exactly_or_in_blocks([book.Arrival(0, 192, 64)] * 96)
+grow = exactly_or_in_blocks([book.Arrival(0, 16, 496)] * 64)
 for title, cases in (("all 192 in, 64 out", same), ("all 16 in, 496 out", grow)):
     needed = cases["reserve exactly"].computed
-    book.table(
-        "memory | requests at once | steps | preemptions | tokens computed | of them twice",
-        [
-            (
-                name,
-                s.busy(s.running),
-                s.steps,
-                s.preemptions,
-                s.computed,
-                f"{100 * (s.computed - needed) / needed:.1f} %",
-            )
-            for name, s in cases.items()
-        ],
-        title,
-    )
+    book.table("memory | requests at once | steps | preemptions | tokens computed | of them twice",
+        [(name, s.busy(s.running), s.steps, s.preemptions, s.computed, f"{100 * (s.computed - needed) / needed:.1f} %")
+         for name, s in cases.items()], title)
 
 # %%
 with book.figure(args, "ch05_paging", columns=2, size=(9, 3.4)) as axes:
@@ -261,19 +218,11 @@ with book.figure(args, "ch05_paging", columns=2, size=(9, 3.4)) as axes:
             left.barh(y, taken - used, left=used, color=book.ORANGE, label="taken, empty" if not y else None)
             left.barh(y, 100 - taken, left=taken, color="#E5E5E5", label="free" if not y else None)
             left.annotate(f"{s.busy(s.running):.0f} at once", (3, y), color="white", va="center", fontweight="bold")
-        left.set(
-            title="Where the memory goes",
-            xlabel="% of the cache",
-            yticks=range(len(schemes)),
-            yticklabels=list(schemes),
-            ylim=(3.6, -1.3),
-        )
+        left.set(title="Where the memory goes", xlabel="% of the cache", yticks=range(len(schemes)),
+                 yticklabels=list(schemes), ylim=(3.6, -1.3))
         left.legend(ncols=3, loc="upper center", fontsize=9, columnspacing=1, handlelength=1)
         left.grid(visible=False)
-        for name, s, colour in (
-            ("reserve exactly", grow["reserve exactly"], book.GREEN),
-            ("blocks of 16", grow["blocks of 16"], book.BLUE),
-        ):
+        for (name, s), colour in zip(grow.items(), (book.GREEN, book.BLUE)):
             right.plot(s.running, color=colour, label=name)
         right.set(title="When everybody grows", xlabel="step", ylabel="requests running", ylim=(0, None))
         right.legend()

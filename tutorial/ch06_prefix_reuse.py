@@ -34,10 +34,10 @@ from collections import Counter
 
 import book
 import world
+from simulator import Simulator, serve
 
 from cache import BlockPool
 from nanoserve import LLM, SamplingParams
-from scheduler import Request, Scheduler
 
 args = book.options(__doc__)
 plain = LLM(args.model, device=args.device, dtype="float32", prefix_caching=False)
@@ -68,36 +68,27 @@ def say(role, content):
 
 stories = [world.story(SEEDS.start + i, 160) for i in range(40)]
 rules = " ".join(f"{name} is a friend of {other}." for name, other in zip(world.GIRLS, world.BOYS)) * 2
-examples = [
-    m
-    for s in stories[20:24]
-    for m in (say("user", f"Listen to this story.\n{s.text[:240]}"), say("assistant", s.text[240:300]))
-]
+examples = [message for s in stories[20:24] for message in (say("user", f"Listen to this story.\n{s.text[:240]}"),
+                                                            say("assistant", s.text[240:300]))]
 unrelated = [[tokenizer.encode(s.text)[:120] for s in stories[:24]]]
 system = [[chat([say("system", rules), say("user", s.facts[0].question)]) for s in stories[:24]]]
 few_shot = [[chat([*examples, say("user", s.facts[0].question)]) for s in stories[:24]]]
-# The conversations go on side by side: first everybody's first question, then everybody's second. Their answers are the
-# true ones.
-turns = [
-    [
-        chat(
-            [
-                say("user", f"Listen to this story.\n{s.text}\n{s.facts[0].question}"),
-                *(
-                    m
-                    for a, b in zip(s.facts[:turn], s.facts[1 : turn + 1])
-                    for m in (say("assistant", a.answer), say("user", b.question))
-                ),
-            ]
-        )
-        for s in [s for s in stories if len(s.facts) >= 6][:6]
-    ]
-    for turn in range(6)
-]
+
+
+def conversation(s, turn):
+    """A story, and the questions up to this turn. The answers are the true ones."""
+    messages = [say("user", f"Listen to this story.\n{s.text}\n{s.facts[0].question}")]
+    for asked, following in zip(s.facts[:turn], s.facts[1:]):
+        messages += say("assistant", asked.answer), say("user", following.question)
+    return chat(messages)
+
+
+# The conversations go on side by side: first everybody's first question, then everybody's second.
+turns = [[conversation(s, turn) for s in [s for s in stories if len(s.facts) >= 6][:6]] for turn in range(6)]
 KINDS = {"unrelated": unrelated, "system prompt": system, "few-shot": few_shot, "multi-turn chat": turns}
 
 
-def serve(llm, rounds):
+def answer(llm, rounds):
     """Answer round after round of prompts. (outputs, prompt tokens computed, seconds)"""
     before, outputs = llm.stats()["prompt_tokens"], []
     with book.Timer() as t:
@@ -109,28 +100,20 @@ def serve(llm, rounds):
 rows, seconds, share = [], {}, {}
 for name, rounds in KINDS.items():
     caching.pool.forget()
-    theirs, all_tokens, slow = serve(plain, rounds)
-    ours, computed, fast = serve(caching, rounds)
+    theirs, all_tokens, slow = answer(plain, rounds)
+    ours, computed, fast = answer(caching, rounds)
     assert ours == theirs, "reuse may change nothing"
     share[name] = 100 * computed / all_tokens
     rows.append((name, sum(map(len, rounds)), all_tokens, computed, f"{share[name]:.0f} %"))
     seconds[name] = slow, fast
-book.table(
-    "prompts | requests | prompt tokens | computed | share",
-    rows,
-    "with the prefix cache; the answers are the same, token for token",
-)
+book.table("prompts | requests | prompt tokens | computed | share", rows,
+    "with the prefix cache; the answers are the same, token for token")
 print("~ seconds without and with: " + ", ".join(f"{name} {a:.2f} {b:.2f}" for name, (a, b) in seconds.items()))
 lengths = [[len(p) for p in round_] for round_ in turns]
-book.predicted(
-    "multi-turn chat, percentage of prompt tokens that is computed",
-    PREDICT,
-    share["multi-turn chat"],
-    f"turn t sends all that was said before, about {sum(lengths[0]) // 6} tokens at first and "
-    f"{sum(lengths[-1]) // 6} at last; new in a turn are "
-    f"{(sum(lengths[-1]) - sum(lengths[0])) // 30}, and up to a block of {BLOCK} that was not full: "
-    f"{sum(lengths[0]):,} + {len(turns[0]) * 5} x (new + part of a block), of {sum(map(sum, lengths)):,}",
-)
+book.predicted("multi-turn chat, percentage of prompt tokens that is computed", PREDICT, share["multi-turn chat"],
+    f"turn t sends all that was said before, about {sum(lengths[0]) // 6} tokens at first and {sum(lengths[-1]) // 6} at "
+    f"last; new in a turn are {(sum(lengths[-1]) - sum(lengths[0])) // 30}, and up to a block of {BLOCK} that was not full: "
+    f"{sum(lengths[0]):,} + {len(turns[0]) * 5} x (new + part of a block), of {sum(map(sum, lengths)):,}")
 book.bars(share, "% computed", "prompt tokens that still have to be computed")
 
 # %% [markdown]
@@ -141,44 +124,35 @@ book.bars(share, "% computed", "prompt tokens that still have to be computed")
 # ## Under pressure: least recently used, and the cliff
 #
 # Memory is finite. Twelve conversations take turns, each 40 blocks long when it comes back, and the pool has room for
-# fewer. No model is needed to count hits, so the engine's scheduler and pool run alone. "Round robin" is the order in
+# fewer. No model is needed to count hits: chapter 03's simulator, with one client. "Round robin" is the order in
 # which LRU always throws out exactly what will be needed next; "in bursts" lets each conversation have its four turns
-# before the next one comes.
+# before the next one comes. Twelve "agents" take turns as well, eight each, but every prompt is what was asked before, an
+# answer and what a tool said to it: they differ in length and grow, to 447 blocks in all.
 
 # %%
 
 
-def hit_rate(num_blocks, order, length=640):
-    """Share of prompt tokens found, when conversations come back in this order, one request at a time."""
-    pool = BlockPool(num_blocks + 1, 16)
-    scheduler = Scheduler(pool, max_batch_tokens=1024, max_batch_requests=4, max_model_len=1024)
-    for who in order:
-        request = scheduler.add(Request(book.token_ids(length, who, 1000), 1))
-        while scheduler.has_work():
-            for planned, n in scheduler.schedule():
-                if scheduler.advance(planned, n):
-                    planned.tokens.append(7)
-                    scheduler.finish(planned, "length")
-        assert not request.block_table
-    return scheduler.num_hit_tokens / (length * len(order))
+def hit_rate(num_blocks, jobs):
+    """% of the prompt tokens found, when jobs come in this order, one at a time. Those with the same text begin alike."""
+    server = Simulator((1, 0, 0, 0), BlockPool(num_blocks + 1, 16), max_batch_tokens=1024, max_batch_requests=4,
+                       max_model_len=1024)
+    serve(server, jobs, clients=1)
+    return 100 * server.scheduler.num_hit_tokens / sum(job.prompt for job in jobs)
 
 
 SIZES = (41, 120, 240, 360, 440, 470, 480, 560)
-orders = {
-    "round robin": [who for _ in range(4) for who in range(12)],
-    "in bursts": [who for who in range(12) for _ in range(4)],
-}
-pressure = {name: [100 * hit_rate(size, order) for size in SIZES] for name, order in orders.items()}
-book.table(
-    "blocks in the pool | of the 480 | round robin: hits | in bursts: hits",
-    [(size, f"{100 * size / 480:.0f} %", f"{a:.0f} %", f"{b:.0f} %") for size, a, b in zip(SIZES, *pressure.values())],
-    "twelve conversations of 40 blocks",
-)
+traces = {"round robin": [book.Arrival(0.0, 640, 1, text=who) for _ in range(4) for who in range(12)],
+          "in bursts": [book.Arrival(0.0, 640, 1, text=who) for who in range(12) for _ in range(4)],
+          "agents": book.workload("agents", 96, scale=24, longest=640)}
+pressure = {name: [hit_rate(size, jobs) for size in SIZES] for name, jobs in traces.items()}
+book.table("blocks in the pool | of the 480 | round robin: hits | in bursts: hits | agents: hits",
+    [(size, f"{100 * size / 480:.0f} %", *(f"{rate:.0f} %" for rate in rates))
+     for size, *rates in zip(SIZES, *pressure.values())], "twelve conversations of 40 blocks, and twelve agents")
 
 # %% [markdown]
-# With room for 92 % of it, round robin finds nothing: that is the cliff. Which is why real systems reorder requests so
-# that those with a cached prefix go first (BatchLLM, RadixAttention), or keep evicted blocks on slower memory
-# (CachedAttention, Pensieve, MemServe).
+# With room for 92 % of it, round robin finds nothing: that is the cliff. Agents fall down a slope, as not all of them are
+# equally long. Which is why real systems reorder requests so that those with a cached prefix go first (BatchLLM,
+# RadixAttention), or keep evicted blocks on slower memory (CachedAttention, Pensieve, MemServe).
 #
 # ## Where it goes wrong: semantic caching
 #
@@ -203,37 +177,24 @@ def semantic(threshold):
     asked = hits = wrong = 0
     for tale in stories[:30]:
         kept = []  # (words, answer): one cache per story
-        for question, answer in [
-            *((f.question, f.answer) for f in tale.facts),
-            *((f"Please tell me: {f.question}", f.answer) for f in tale.facts),
-        ]:
+        for f, question in [(f, how + f.question) for how in ("", "Please tell me: ") for f in tale.facts]:
             asked += 1
             best = max(kept, key=lambda entry: cosine(entry[0], words(question)), default=None)
             if best and cosine(best[0], words(question)) >= threshold:
                 hits += 1
-                wrong += best[1] != answer
+                wrong += best[1] != f.answer
             else:
-                kept.append((words(question), answer))
+                kept.append((words(question), f.answer))
     return asked, hits, wrong
 
 
 THRESHOLDS = (0.6, 0.7, 0.8, 0.9, 1.0)
 lookups = {threshold: semantic(threshold) for threshold in THRESHOLDS}
-book.table(
-    "similarity at least | questions | from the cache | of these wrong",
-    [
-        (t, asked, f"{100 * hits / asked:.0f} %", f"{100 * wrong / max(1, hits):.0f} %")
-        for t, (asked, hits, wrong) in lookups.items()
-    ],
-    "a semantic cache",
-)
-old, new = next(
-    (a, b)
-    for tale in stories[:30]
-    for i, b in enumerate(tale.facts)
-    for a in tale.facts[:i]
-    if a.answer != b.answer and cosine(words(a.question), words(b.question)) >= 0.75
-)
+book.table("similarity at least | questions | from the cache | of these wrong",
+    [(t, asked, f"{100 * hits / asked:.0f} %", f"{100 * wrong / max(1, hits):.0f} %")
+     for t, (asked, hits, wrong) in lookups.items()], "a semantic cache")
+old, new = next((a, b) for tale in stories[:30] for i, b in enumerate(tale.facts) for a in tale.facts[:i]
+                if a.answer != b.answer and cosine(words(a.question), words(b.question)) >= 0.75)
 print(f"  for example: {new.question!r} was answered with that of {old.question!r}: {old.answer!r}")
 
 # %%
@@ -247,24 +208,12 @@ with book.figure(args, "ch06_prefix_reuse", columns=3, size=(11, 3.4)) as axes:
         left.grid(axis="y", visible=False)
         for (name, hits), style, colour in zip(pressure.items(), ("o-", "s--"), (book.RED, book.BLUE)):
             middle.plot([100 * size / 480 for size in SIZES], hits, style, color=colour, label=name)
-        middle.set(
-            title="LRU under pressure", xlabel="pool, % of all prefixes", ylabel="% of tokens found", ylim=(-5, 105)
-        )
+        middle.set(title="LRU under pressure", xlabel="pool, % of all prefixes", ylabel="% of tokens found", ylim=(-5, 105))
         middle.legend(loc="center left", fontsize=9)
-        right.plot(
-            THRESHOLDS,
-            [100 * hits / asked for asked, hits, _ in lookups.values()],
-            "o-",
-            color=book.BLUE,
-            label="answered from it",
-        )
-        right.plot(
-            THRESHOLDS,
-            [100 * wrong / max(1, hits) for _, hits, wrong in lookups.values()],
-            "s--",
-            color=book.RED,
-            label="of these wrong",
-        )
+        right.plot(THRESHOLDS, [100 * hits / asked for asked, hits, _ in lookups.values()], "o-", color=book.BLUE,
+                   label="answered from it")
+        right.plot(THRESHOLDS, [100 * wrong / max(1, hits) for _, hits, wrong in lookups.values()], "s--", color=book.RED,
+                   label="of these wrong")
         right.set(title="A semantic cache", xlabel="similarity asked for", ylabel="%", ylim=(-5, 105))
         right.legend(fontsize=9)
 
@@ -297,9 +246,6 @@ with book.figure(args, "ch06_prefix_reuse", columns=3, size=(11, 3.4)) as axes:
 
 # %% The claim, on counters.
 assert share["multi-turn chat"] < 30 and share["unrelated"] > 85 and share["few-shot"] < share["unrelated"]
-assert (
-    pressure["round robin"][SIZES.index(440)] < 10
-    and pressure["in bursts"][0] > 60
-    and pressure["round robin"][-1] > 70
-)
+assert pressure["round robin"][SIZES.index(440)] < 10 and pressure["round robin"][-1] > 70
+assert pressure["in bursts"][0] > 60 and pressure["agents"][0] < 10 < pressure["agents"][3] < 50 < pressure["agents"][-1]
 assert lookups[0.6][2] > lookups[0.9][2] and lookups[0.7][2] > 0, "similar is not the same"

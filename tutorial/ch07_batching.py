@@ -32,61 +32,47 @@ PREDICT = 2.0  # How many times the throughput of request-level batching has con
 # %%
 import math
 import statistics
+from types import SimpleNamespace
 
 import book
+from simulator import Engine, Record, Simulator, price, serve
 
 from cache import BlockPool
-from nanoserve import LLM, SamplingParams
-from scheduler import Request, Scheduler
+from nanoserve import LLM
 
 args = book.options(__doc__)
 PLACES, WHOLE = 16, 2048  # requests at once; a budget that no prompt reaches
 # What a step takes, in the time that a step of one token takes: reading the weights, then computing. The second
-# constant is what makes a step of 64 tokens take twice as long as one of one token. The last cell measures both on this
+# constant is what makes a step of 64 tokens take twice as long as one of one token. The last cell measures it on this
 # machine.
 PER_TOKEN = 1 / 64
-
-
-def step_time(tokens):
-    return 1 + PER_TOKEN * tokens
+WEIGHTS = (1, PER_TOKEN, 0, 0)  # see simulator.work
 
 
 # Chats, and every eighth request a long document, all arriving as a Poisson process.
 chats = book.workload("assistant", 64, seed=3, scale=16, rate=0.16, longest=512)
 jobs = [book.Arrival(job.at, 700, 20) if i % 8 == 5 else job for i, job in enumerate(chats)]
-print(
-    f"\n{len(jobs)} requests: {sum(j.prompt for j in jobs):,} tokens in, {sum(j.output for j in jobs):,} out; prompts of "
-    f"{min(j.prompt for j in jobs)} to {max(j.prompt for j in jobs)}, "
-    f"outputs of {min(j.output for j in jobs)} to {max(j.output for j in jobs)}"
-)
+print(f"\n{len(jobs)} requests: {sum(j.prompt for j in jobs):,} tokens in, {sum(j.output for j in jobs):,} out; prompts of "
+      f"{min(j.prompt for j in jobs)} to {max(j.prompt for j in jobs)}, "
+      f"outputs of {min(j.output for j in jobs)} to {max(j.output for j in jobs)}")
 
 
-class Clock:
-    """Adds up step times, and notes when tokens come out."""
+class Run:
+    """A trace that was served: when its tokens came, and of each step its plan, [(request, tokens before, tokens), ...]."""
 
-    def __init__(self, jobs):
-        self.jobs, self.now, self.steps, self.rows = jobs, 0.0, 0, 0
-        self.tokens = [[] for _ in jobs]  # when each token of each request came
-        self.stall = 0  # most tokens in a step for which somebody who was writing had to wait
-
-    def step(self, rows, writing):
-        self.now += step_time(rows)
-        self.steps += 1
-        self.rows += rows
-        self.stall = max(self.stall, rows if writing else 0)
-
-    @property
-    def throughput(self):
-        return sum(map(len, self.tokens)) / self.now
+    def __init__(self, jobs, records, server, useful=None):
+        self.jobs, self.tokens, self.plans = jobs, [r.times for r in records], server.plans
+        rows = [sum(n for *_, n in plan) for plan in self.plans]
+        waited = [n for n, plan in zip(rows, self.plans) if any(start >= jobs[i].prompt for i, start, _ in plan)]
+        self.steps, self.rows, self.useful = len(rows), sum(rows), useful or sum(rows)
+        self.stall = max(waited, default=0)  # most tokens in a step for which somebody who was writing had to wait
+        self.throughput = sum(map(len, self.tokens)) / server.now
+        self.longest_gap = max(b - a for times in self.tokens for a, b in zip(times, times[1:]))
 
     def first(self, share=0.5, long=False):
         """Quantile of the time to first token."""
         waits = (t[0] - job.at for t, job in zip(self.tokens, self.jobs) if not long or job.prompt >= 500)
         return book.quantile(waits, share)
-
-    @property
-    def longest_gap(self):
-        return max(b - a for t in self.tokens for a, b in zip(t, t[1:]))
 
 
 # %% [markdown]
@@ -99,51 +85,32 @@ class Clock:
 
 
 def request_level(jobs):
-    clock, waiting = Clock(jobs), list(range(len(jobs)))
-    useful = 0
-    while waiting:
-        clock.now = max(clock.now, jobs[waiting[0]].at)
-        batch = [i for i in waiting[:PLACES] if jobs[i].at <= clock.now]
-        waiting = waiting[len(batch) :]
-        for step in range(max(jobs[i].output for i in batch)):
-            clock.step(len(batch) * (1 if step else max(jobs[i].prompt for i in batch)), False)
-            for i in batch:
-                if step < jobs[i].output:
-                    clock.tokens[i].append(clock.now)
-                    useful += 1 if step else jobs[i].prompt
-    clock.useful = useful
-    return clock
+    server, records = SimpleNamespace(now=0.0, plans=[]), []
+    while len(records) < len(jobs):
+        server.now = max(server.now, jobs[len(records)].at)
+        batch = [job for job in jobs[len(records) :][:PLACES] if job.at <= server.now]
+        times, longest = [], max(job.prompt for job in batch)
+        for step in range(max(job.output for job in batch)):
+            server.plans.append([(len(records) + i, 0, 1 if step else longest) for i in range(len(batch))])
+            server.now += price(WEIGHTS, server.plans[-1])
+            times.append(server.now)
+        records += [Record(job.at, job.at, 0, times[: job.output]) for job in batch]
+    return Run(jobs, records, server, sum(job.prompt + job.output - 1 for job in jobs))
 
 
 # %% [markdown]
 # ## Continuous and chunked
 #
-# Both are the engine's own `Scheduler`. The only difference is the budget. (The model is left out here; the last cell
-# runs it, and asserts that the steps are the same.)
+# Both are the engine's own `Scheduler`, in chapter 03's simulator. The only difference is the budget. (The model is left
+# out here; the last cell runs it, and asserts that the steps are the same.)
 
 # %%
+LIMITS = {"max_batch_requests": PLACES, "max_model_len": 1024}
 
 
 def continuous(jobs, budget):
-    pool = BlockPool(4096, 16, prefix_caching=False)
-    scheduler = Scheduler(pool, max_batch_tokens=budget, max_batch_requests=PLACES, max_model_len=1024)
-    clock, requests = Clock(jobs), {}
-    while len(requests) < len(jobs) or scheduler.has_work():
-        if not scheduler.has_work():
-            clock.now = max(clock.now, jobs[len(requests)].at)
-        while len(requests) < len(jobs) and jobs[len(requests)].at <= clock.now:
-            job = jobs[len(requests)]
-            requests[scheduler.add(Request([1] * job.prompt, job.output))] = len(requests)
-        plan = scheduler.schedule()
-        clock.step(sum(n for _, n in plan), any(request.num_output for request, _ in plan))
-        for request, n in plan:
-            if scheduler.advance(request, n):
-                request.tokens.append(7)
-                clock.tokens[requests[request]].append(clock.now)
-                if request.num_output == request.max_tokens:
-                    scheduler.finish(request, "length")
-    clock.useful = clock.rows
-    return clock
+    server = Simulator(WEIGHTS, BlockPool(4096, 16, prefix_caching=False), max_batch_tokens=budget, **LIMITS)
+    return Run(jobs, serve(server, jobs), server)
 
 
 ways = {
@@ -151,34 +118,16 @@ ways = {
     "continuous": continuous(jobs, WHOLE),
     "chunked, budget 64": continuous(jobs, 64),
 }
-book.table(
-    "batching | steps | rows | padding | tokens per step time | first token, median | p90 | "
-    "longest stall, tokens | longest gap",
-    [
-        (
-            name,
-            c.steps,
-            c.rows,
-            f"{100 * (1 - c.useful / c.rows):.0f} %",
-            c.throughput,
-            c.first(),
-            c.first(0.9),
-            c.stall or "all wait",
-            c.longest_gap,
-        )
-        for name, c in ways.items()
-    ],
-    "one trace, three ways (times in steps of one token)",
-)
+book.table("batching | steps | rows | padding | tokens per step time | first token, median | p90 | longest stall, tokens | "
+    "longest gap",
+    [(name, c.steps, c.rows, f"{100 * (1 - c.useful / c.rows):.0f} %", c.throughput, c.first(), c.first(0.9),
+      c.stall or "all wait", c.longest_gap) for name, c in ways.items()],
+    "one trace, three ways (times in steps of one token)")
 static, whole, chunked = ways.values()
 gain = whole.throughput / static.throughput
-book.predicted(
-    "throughput, continuous against request-level",
-    PREDICT,
-    gain,
-    f"request-level computed {static.rows:,} rows for {static.useful:,} useful ones and took "
-    f"{static.steps:,} steps, continuous {whole.steps:,}",
-)
+book.predicted("throughput, continuous against request-level", PREDICT, gain,
+    f"request-level computed {static.rows:,} rows for {static.useful:,} useful ones and took {static.steps:,} steps, "
+    f"continuous {whole.steps:,}")
 book.bars({name: c.throughput for name, c in ways.items()}, "tokens per step time", "throughput")
 
 # %% [markdown]
@@ -188,14 +137,10 @@ book.bars({name: c.throughput for name, c in ways.items()}, "tokens per step tim
 
 # %%
 dial = {budget: continuous(jobs, budget) for budget in (16, 32, 64, 128, 256, 512, 2048)}
-book.table(
-    "budget | steps | longest stall, tokens | longest gap | first token, median | of long prompts | tokens per step time",
-    [
-        (budget, c.steps, c.stall, c.longest_gap, c.first(), c.first(long=True), c.throughput)
-        for budget, c in dial.items()
-    ],
-    "the token budget",
-)
+book.table("budget | steps | longest stall, tokens | longest gap | first token, median | of long prompts | "
+    "tokens per step time",
+    [(budget, c.steps, c.stall, c.longest_gap, c.first(), c.first(long=True), c.throughput) for budget, c in dial.items()],
+    "the token budget")
 
 # %% [markdown]
 # ## Where it does not help
@@ -207,67 +152,29 @@ book.table(
 # %%
 alike = [book.Arrival(0.0, 48, 32)] * 32
 even = {"request-level": request_level(alike), "continuous": continuous(alike, WHOLE)}
-book.table(
-    "batching | steps | rows | tokens per step time",
-    [(n, c.steps, c.rows, c.throughput) for n, c in even.items()],
-    "32 requests, all 48 in and 32 out",
-)
+book.table("batching | steps | rows | tokens per step time",
+    [(n, c.steps, c.rows, c.throughput) for n, c in even.items()], "32 requests, all 48 in and 32 out")
 short = [job for job in jobs if job.prompt <= 40]
 small = {budget: continuous(short, budget) for budget in (64, WHOLE)}
-book.table(
-    "budget | longest stall, tokens | longest gap",
-    [(b, c.stall, c.longest_gap) for b, c in small.items()],
-    "prompts of at most 40 tokens",
-)
+book.table("budget | longest stall, tokens | longest gap", [(b, c.stall, c.longest_gap) for b, c in small.items()],
+    "prompts of at most 40 tokens")
 
 # %% [markdown]
 # ## The same on the model
 #
-# The engine, with the same arrivals on the same clock. Steps and rows must agree with the above exactly. The seconds of
-# the steps give the constant that was assumed: how many tokens make a step take twice as long.
+# The engine, with the same arrivals on the same clock. Every step must do exactly what it did above. The seconds of the
+# steps give the constant that was assumed: how many tokens make a step take twice as long.
 
 # %%
-
-
-def on_the_model(jobs, budget):
-    """(engine, [(rows, seconds) of each step])"""
-    llm = LLM(
-        args.model,
-        device=args.device,
-        dtype="float32",
-        max_batch_tokens=budget,
-        max_batch_requests=PLACES,
-        prefix_caching=False,
-    )
-    now, added, steps = 0.0, 0, []
-    while added < len(jobs) or llm.has_work():
-        if not llm.has_work():
-            now = max(now, jobs[added].at)
-        while added < len(jobs) and jobs[added].at <= now:
-            ids = book.token_ids(jobs[added].prompt, added, llm.model.config.vocab_size)
-            llm.add_request(ids, SamplingParams(temperature=0, max_tokens=jobs[added].output, ignore_eos=True))
-            added += 1
-        before = llm.stats()["computed_tokens"]
-        with book.Timer() as t:
-            llm.step()
-        steps.append((llm.stats()["computed_tokens"] - before, t.seconds))
-        now += step_time(steps[-1][0])
-    return llm, steps
-
-
-real = {}
+points = []
 for budget, simulated in ((WHOLE, whole), (64, chunked)):
-    llm, steps = on_the_model(jobs, budget)
-    stats = llm.stats()
-    assert (stats["steps"], stats["computed_tokens"]) == (simulated.steps, simulated.rows), (
-        "the engine takes the same steps"
-    )
-    real[budget] = steps
-    print(
-        f"~ budget {budget}: {sum(s for _, s in steps):.2f} s, longest step {1e3 * max(s for _, s in steps):.0f} ms, "
-        f"median {1e3 * statistics.median(s for _, s in steps):.1f} ms"
-    )
-points = sorted(real[WHOLE] + real[64])
+    llm = LLM(args.model, device=args.device, dtype="float32", max_batch_tokens=budget, prefix_caching=False, **LIMITS)
+    server = Engine(llm, WEIGHTS)
+    serve(server, jobs)
+    assert server.plans == simulated.plans, "the engine takes the same steps"
+    points += [(sum(n for *_, n in plan), seconds) for plan, seconds in zip(server.plans, server.seconds)]
+    print(f"~ budget {budget}: {sum(server.seconds):.2f} s, longest step {1e3 * max(server.seconds):.0f} ms, "
+          f"median {1e3 * statistics.median(server.seconds):.1f} ms")
 few = statistics.median(s for n, s in points if n <= 20)
 many = [(n, s) for n, s in points if n >= 200]
 per_token = statistics.median((s - few) / n for n, s in many) / few
@@ -283,25 +190,12 @@ with book.figure(args, "ch07_batching", columns=2, size=(9, 3.4)) as axes:
         left.set(title="Tokens out over time", xlabel="time, in steps of one token", ylabel="tokens out")
         left.legend()
         budgets = list(dial)
-        right.plot(
-            budgets, [c.longest_gap for c in dial.values()], "o-", color=book.BLUE, label="longest gap between tokens"
-        )
-        right.plot(
-            budgets,
-            [c.first(long=True) for c in dial.values()],
-            "s--",
-            color=book.ORANGE,
-            label="first token of long prompts, median",
-        )
-        right.set(
-            title="The token budget is a dial",
-            xlabel="budget, tokens",
-            ylabel="steps of one token",
-            xscale="log",
-            yscale="log",
-            xticks=budgets,
-            xticklabels=budgets,
-        )
+        right.plot(budgets, [c.longest_gap for c in dial.values()], "o-", color=book.BLUE,
+                   label="longest gap between tokens")
+        right.plot(budgets, [c.first(long=True) for c in dial.values()], "s--", color=book.ORANGE,
+                   label="first token of long prompts, median")
+        right.set(title="The token budget is a dial", xlabel="budget, tokens", ylabel="steps of one token", xscale="log",
+                  yscale="log", xticks=budgets, xticklabels=budgets)
         right.minorticks_off()
         right.legend(fontsize=9)
 
@@ -334,6 +228,5 @@ with book.figure(args, "ch07_batching", columns=2, size=(9, 3.4)) as axes:
 # %% The claim, on counters.
 assert gain > 1.5 and chunked.stall <= 64 < whole.stall and chunked.longest_gap < whole.longest_gap / 2
 assert even["continuous"].steps == even["request-level"].steps, "with equal requests there is nothing to gain"
-assert dial[16].throughput < dial[256].throughput and math.isclose(
-    small[64].longest_gap, small[WHOLE].longest_gap, rel_tol=0.5
-)
+assert dial[16].throughput < dial[256].throughput
+assert math.isclose(small[64].longest_gap, small[WHOLE].longest_gap, rel_tol=0.5)

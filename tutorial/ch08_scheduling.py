@@ -32,13 +32,14 @@ PREDICT = 3.0  # How many times sooner comes the first token, on average, if the
 # %%
 import math
 import random
-from collections import namedtuple
+from collections import Counter, namedtuple
 
 import book
 import numpy as np
+from simulator import Simulator, serve
 
 from cache import BlockPool
-from scheduler import MLFQ, Fair, Policy, Request, Scheduler, Shortest
+from scheduler import MLFQ, Fair, Policy, Request, Shortest
 
 args = book.options(__doc__)
 PLACES, BUDGET, LIMIT = 16, 64, 512  # requests at once; tokens in a step; the max_tokens that everybody asks for
@@ -48,7 +49,7 @@ FIRST, GAP, READS = 60, 8, 0.25  # targets: until the first token, between two; 
 
 
 # output is known to nobody but `exact`; words are what can be seen in the prompt
-Job = namedtuple("Job", "at prompt output words tenant", defaults=((), ""))
+Job = namedtuple("Job", "at prompt output words tenant text", defaults=((), "", 0))
 
 
 def trace(count, rate, seed=5, noise=0.5, burst=1.0, meaning=(-1.2, 0.9, 1.4)):
@@ -66,52 +67,41 @@ def trace(count, rate, seed=5, noise=0.5, burst=1.0, meaning=(-1.2, 0.9, 1.4)):
     return jobs
 
 
-class Run:
-    """A trace served by the engine's own `Scheduler`, whose clock adds up step times. swap: the time to move a block."""
+class Run(Simulator):
+    """A trace served in chapter 03's simulator. swap: the time to move a block."""
 
     def __init__(self, jobs, policy="fcfs", swap=None):
-        self.jobs, self.now, self.rows, self.moved, self.waiting = jobs, 0.0, 0, 0, 0.0
-        self.times = [[] for _ in jobs]  # when each token of each request came
-        # Tenants: requests not yet admitted, service so far, and the last one's lead while all have some waiting.
-        tenants = dict.fromkeys(job.tenant for job in jobs)
-        left = {t: sum(job.tenant == t for job in jobs) for t in tenants}
-        self.served, self.leads, admitted, added = dict.fromkeys(tenants, 0), [0], set(), 0
         pool = BlockPool(2048, 16, prefix_caching=False, num_host_slots=0 if swap is None else 8192)
-        limits = {"max_batch_tokens": BUDGET, "max_batch_requests": PLACES, "max_model_len": 1024}
-        self.scheduler = s = Scheduler(pool, **limits, policy=policy, clock=lambda: self.now)
-        while added < len(jobs) or s.has_work():
-            if not s.has_work():
-                self.now = max(self.now, jobs[added].at)
-            while added < len(jobs) and jobs[added].at <= self.now:
-                job, more = jobs[added], {"ttft_target": FIRST, "itl_target": GAP}
-                request = s.add(Request([1] * job.prompt, LIMIT, tenant=job.tenant, params=(added, job), **more))
-                request.arrived = request.last_token = job.at  # it came during the step
-                added += 1
-            plan = s.schedule()
-            rows, moved = sum(n for _, n in plan), sum(map(len, pool.take_swaps()))
-            took = 1 + PER_TOKEN * rows + (swap or 0) * moved
-            self.now, self.rows, self.moved = self.now + took, self.rows + rows, self.moved + moved
-            self.waiting += took * s.num_waiting
-            for request, n in plan:
-                number, job = request.params
-                if number not in admitted:
-                    admitted.add(number)
-                    left[job.tenant] -= 1
-                    self.served[job.tenant] += job.prompt
-                if s.advance(request, n):
-                    request.tokens.append(1)
-                    self.served[job.tenant] += 2
-                    self.times[number].append(self.now)
-                    if request.num_output == job.output:
-                        s.finish(request, "stop")
-            if len(tenants) > 1 and min(left.values()):
-                first, *_, last = self.served.values()
-                self.leads.append(last - first)
-                self.share = 100 * last / sum(self.served.values())
-        pairs = list(zip(self.times, jobs))
-        self.end = sum(times[-1] - job.at for times, job in pairs) / len(jobs)
-        self.goodput = 100 * s.num_in_time / s.num_with_targets  # % that met both targets, as the scheduler counts it
-        self.experience = 100 * sum(book.experience(job.at, times, FIRST, READS) for times, job in pairs) / len(jobs)
+        super().__init__((1, PER_TOKEN, 0, 0), pool, (FIRST, GAP), swap or 0.0, policy=policy, max_batch_tokens=BUDGET,
+                         max_batch_requests=PLACES, max_model_len=1024)
+        # Tenants: requests not yet admitted, service so far, and the last one's lead while all have some waiting.
+        self.jobs, self.waiting, self.leads, self.admitted = jobs, 0.0, [0], set()
+        self.left = Counter(job.tenant for job in jobs)
+        self.served = dict.fromkeys(self.left, 0)
+        self.times = [record.times for record in serve(self, jobs)]
+        self.rows = sum(n for plan in self.plans for *_, n in plan)
+        self.end = sum(times[-1] - job.at for times, job in zip(self.times, jobs)) / len(jobs)
+        self.goodput = 100 * self.scheduler.num_in_time / self.scheduler.num_with_targets  # % that met both targets
+        self.experience = 100 * sum(book.experience(job.at, times, FIRST, READS)
+                                    for times, job in zip(self.times, jobs)) / len(jobs)
+
+    def add(self, ids, job):
+        return super().add(ids, job, max_tokens=LIMIT, tenant=job.tenant)
+
+    def step(self):
+        before, sampled = self.now, super().step()
+        self.waiting += (self.now - before) * self.scheduler.num_waiting
+        for number in {number for number, *_ in self.plans[-1]} - self.admitted:
+            self.admitted.add(number)
+            self.left[self.jobs[number].tenant] -= 1
+            self.served[self.jobs[number].tenant] += self.jobs[number].prompt
+        for request in sampled:
+            self.served[request.tenant] += 2
+        if len(self.left) > 1 and min(self.left.values()):
+            first, *_, last = self.served.values()
+            self.leads.append(last - first)
+            self.share = 100 * last / sum(self.served.values())
+        return sampled
 
     def first(self, share=None, least=0, most=LIMIT, tenant=""):
         """Time to first token of those with so many tokens out: a quantile, or without `share` the mean."""
@@ -151,14 +141,14 @@ scores = np.sort(X @ by_rank)
 
 
 PREDICTORS = {
-    "exact": lambda request: request.params[1].output,
-    "bucketed": lambda request: middles[np.searchsorted(edges, seen(request.params[1]) @ by_length)],
-    "ranked": lambda request: np.quantile(lengths, np.searchsorted(scores, seen(request.params[1]) @ by_rank) / len(scores)),
+    "exact": lambda request: request.params.output,
+    "bucketed": lambda request: middles[np.searchsorted(edges, seen(request.params) @ by_length)],
+    "ranked": lambda request: np.quantile(lengths, np.searchsorted(scores, seen(request.params) @ by_rank) / len(scores)),
 }
 
 
 def compare(predict, jobs):
-    said, true = np.array([(predict(Request([1], params=(0, job))), job.output) for job in jobs], dtype=float).T
+    said, true = np.array([(predict(Request([1], params=job)), job.output) for job in jobs], dtype=float).T
     a, b = np.triu_indices(len(jobs), 1)
     signs = np.sign(said[a] - said[b]) * np.sign(true[a] - true[b])
     return float(abs(said - true).mean()), float(signs[true[a] != true[b]].mean())
@@ -189,7 +179,7 @@ class Readers(Policy):
     rekeys = True
 
     def key(self, request):
-        return request.params[1].at + FIRST + request.num_output / READS
+        return request.params.at + FIRST + request.num_output / READS
 
     def outranks(self, waiting, running):
         return self.key(running) - self.key(waiting) > 60
@@ -246,7 +236,7 @@ book.table("shortest first with | the long one waits | the short ones, mean | p9
 prices = {"recompute": runs["feedback, recomputed"]}
 prices |= {f"swap, a move takes 1/{n} of a step": Run(rush, MLFQ(32), 1 / n) for n in (64, 16, 8, 4)}
 book.table("when interrupted | rows | blocks moved | first token, mean | last token, mean | experience % | time in all",
-    [(n, r.rows, r.moved, r.first(), r.end, r.experience, r.now) for n, r in prices.items()],
+    [(n, r.rows, r.num_moved, r.first(), r.end, r.experience, r.now) for n, r in prices.items()],
     "feedback queues on the rush")
 
 # %% [markdown]

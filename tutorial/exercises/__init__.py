@@ -9,6 +9,7 @@ import functools
 import math
 import random
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import torch
 
@@ -49,8 +50,8 @@ def prompt(length: int, seed: int) -> list[int]:
     return [rng.randrange(CONFIG["vocab_size"]) for _ in range(length)]
 
 
-def serve(exercise) -> tuple[list[list[int]], list[list[float]], dict[str, object]]:
-    """The whole engine over an exercise's requests, each added at its step: tokens, log-probabilities, exact counters.
+def serve(exercise) -> SimpleNamespace:
+    """The whole engine over an exercise's requests, each added at its step: tokens, how they are shown, exact counters.
 
     Checks the invariants after every step and that no block is left in use; raises Wrong where they do not hold. What the
     exercise defines is asked as well: `before_step(llm)`, and at the end `measure(llm, counters)` for counters of its own.
@@ -85,10 +86,11 @@ def serve(exercise) -> tuple[list[list[int]], list[list[float]], dict[str, objec
         raise Wrong(f"the last request has ended and {llm.stats()['blocks_used']} blocks are still in use: a leak")
     samples = [sample for request in requests for sample in request.samples]
     outputs = [s.tokens[s.num_prompt:] for s in samples]
-    chosen = [[entry[token] for entry, token in zip(s.logprobs[-len(out):], out)] for s, out in zip(samples, outputs)]
+    shown = [[f"{token} (log-probability {entry[token]:.2f})" for entry, token in zip(s.logprobs[-len(out):], out)]
+             for s, out in zip(samples, outputs)]
     counters = {name: stats[name] for name in ("steps", "computed_tokens", "hit_tokens", "preemptions", "output_tokens",
                                                "with_targets", "goodput")}
     steps = [times[sample] for sample in samples]
     counters |= {"peak_blocks": peak, "stalled_steps": stalls, "token_steps": steps, "first_token_at": [s[0] for s in steps],
                  "longest_gap": max((b - a for s in steps for a, b in zip(s, s[1:])), default=0)}
-    return outputs, chosen, counters | measure(llm, counters)
+    return SimpleNamespace(tokens=outputs, shown=shown, counters=counters | measure(llm, counters))
