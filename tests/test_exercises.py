@@ -67,7 +67,8 @@ def test_the_committed_stub_is_the_engines_function(number):
 @each
 def test_stub_gives_2_and_solution_0_quickly(number):
     start = time.process_time()
-    assert graded(number, check.stub(EXERCISES[number])) == (check.NOT_WRITTEN, "not written yet")
+    code, report = graded(number, check.stub(EXERCISES[number]))
+    assert code == check.NOT_WRITTEN and ("still there" if EXERCISES[number].PLANTED else "not written yet") in report
     code, report = grade(number)
     assert code == check.PASSED, report
     assert time.process_time() - start < 8
@@ -80,6 +81,24 @@ def test_stub_gives_2_and_solution_0_quickly(number):
 def test_mutant_is_wrong(number, mutant, tier):
     code, message = grade(number, *EXERCISES[number].MUTANTS[mutant], tiers=(tier,))
     assert code == check.WRONG and message
+
+
+UNIT_ONLY = {  # mistakes that change no token of a serving run: the contract is for others than this engine too
+    "writes into its argument": ("01", "logits = logits.float()", "logits = logits.float().sub_(1)"),
+    "takes the running as they stand": ("05", "sorted(self.running, key=lambda request: request.num_behind)",
+                                        "list(self.running)"),
+    "matches for who wants every token computed": ("05", " if request.reuse_prefix else []", ""),
+    "takes a target of 0 for none": ("09", "target is None or ", "not target or "),
+    "leaves the floor behind": ("10", "self.floor += first", "pass"),
+    "lowers the floor": ("10", "self.floor += first", "self.floor = 0"),
+}
+
+
+@pytest.mark.parametrize("mutant", UNIT_ONLY)
+def test_what_only_a_unit_case_shows(mutant):
+    number, *edit = UNIT_ONLY[mutant]
+    code, message = grade(number, tuple(edit), tiers=("unit",))
+    assert code == check.WRONG and "likely cause" in message, message
 
 
 @each
@@ -127,6 +146,16 @@ CHEATS = {
     "another name": "def probabilities(logits): pass",
     "the wrong number of arguments": "def token_probabilities(logits):\n    return logits",
     "the wrong type": "def token_probabilities(*args):\n    return None",
+    "the wrong shape": "def token_probabilities(logits, *args):\n    return logits[0]",
+    "an assert without words": "def token_probabilities(*args):\n    assert 1 > 2",
+}
+CAUSES = {  # what the message has to say, beside what is wrong
+    "asks the engine while it runs": "to ask the engine's function is to ask yours",
+    "another name": "there is no function token_probabilities in it",
+    "the wrong number of arguments": "in unit case 1 of",
+    "the wrong type": "Tensor expected, not NoneType: no return?",
+    "the wrong shape": "expected  of shape [1, 4]\n  yours     of shape [4]",
+    "a syntax error": "your file, line 1",
 }
 
 
@@ -134,6 +163,7 @@ CHEATS = {
 def test_what_is_no_solution_does_not_pass(cheat):
     code, message = graded("01", CHEATS[cheat])
     assert code == (check.NOT_WRITTEN if cheat == "another name" else check.WRONG), message
+    assert CAUSES.get(cheat, "") in message
 
 
 @pytest.mark.parametrize("number", [number for number, ex in EXERCISES.items() if ex.PLANTED])
@@ -193,6 +223,10 @@ def test_a_students_way(run, tmp_path):
     assert code == check.PASSED and "hello" in printed and "identical tokens" in printed
     assert "passed" in run()[1] and run("03", "--diff")[0] == check.PASSED
     assert run("03", "--reset")[0] == check.NOT_WRITTEN and "passed" not in run()[1]
+    assert "hello" in (tmp_path / "ex03.old.py").read_text(), "nobody's work is thrown away"
+    (tmp_path / "notes.json").write_text('{"03": [1')  # Ctrl-C at the wrong moment
+    code, printed = run("4", "--hint")
+    assert code == check.PASSED and "hint 1 of" in printed and (tmp_path / "ex04.py").exists()
     assert run("99")[0] == check.BROKEN
 
 
@@ -341,6 +375,7 @@ def test_the_roofline_counts_what_torch_counts():
 
 
 def test_a_wrong_command_is_3(run):
-    assert run("--key")[0] == run("--no-such-option")[0] == run("--grade", "nowhere")[0] == check.BROKEN
+    for wrong in (["--key"], ["--no-such-option"], ["--grade", "nowhere"], ["--hint"], ["0"], ["003"]):
+        assert run(*wrong)[0] == check.BROKEN, wrong
     code, printed = run("--seed", "anna", "--key")
     assert code == check.PASSED and printed.count(" = ") == len(questions.QUESTIONS)

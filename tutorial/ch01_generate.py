@@ -192,8 +192,9 @@ book.table("model, 16 bits | KV bytes per token | weights MiB | tokens that take
 with book.figure(args, "ch01_generate", columns=2) as axes:
     if axes is not None:
         left, right = axes
-        for passes, colour, name in ((slow_passes, book.RED, "no cache"), (fast_passes, book.BLUE, "KV cache")):
-            left.plot(torch.tensor(flops(passes)).cumsum(0) / 1e9, color=colour, label=name)
+        for passes, style, name in ((slow_passes, "--", "no cache"), (fast_passes, "-", "KV cache")):
+            colour = book.BLUE if name == "KV cache" else book.RED
+            left.plot(torch.tensor(flops(passes)).cumsum(0) / 1e9, style, color=colour, label=name)
         left.set(title="FLOPs for 128 tokens", xlabel="tokens written", ylabel="GFLOP so far", yscale="log")
         left.legend()
         names = [row[0] for row in memory]

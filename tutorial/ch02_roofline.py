@@ -1,4 +1,4 @@
-"""Decoding reads all weights for every step, so until the batch is large enough another request costs nothing
+"""Decoding reads all weights for every step, so until the batch is large enough another request costs little
 
 Survey: A III, IV · B 2.2, 2.4, 7 · C Hardware
 Papers: Roofline (Williams, CACM 2009) · LLM Inference Unveiled arXiv:2402.16363 · GenZ arXiv:2406.01698
@@ -126,8 +126,8 @@ if any(floors[name] > seconds for name, (_, (_, _, seconds)) in steps.items()):
 # ## Where the ridge lies
 #
 # With B requests a step does about 2 x weights x B FLOPs and reads 4 x weights bytes, so its intensity is B / 2 in
-# float32 (B in 16 bits, 4 B in 4 bits), less what the caches add to the bytes. It reaches the ridge at about twice the
-# ridge's FLOPs per byte.
+# float32 (B in 16 bits, 4 B in 4 bits), less what the caches add to the bytes. A ridge at 5 FLOPs per byte, say, is
+# reached with 10 requests in float32, or a few more.
 
 # %%
 body = sum(math.prod(p.shape) for p in parameters(config) if len(p.shape) == 2 and p.name not in ("embed", "head"))
@@ -197,10 +197,11 @@ with book.figure(args, "ch02_roofline", columns=2, size=(9, 3.6)) as axes:
 # %% [markdown]
 # ## Why
 #
-# Prefill of 256 tokens does 256 times the arithmetic of one token with the same weights: compute-bound. Decoding one
-# request does two FLOPs for every four bytes: memory-bound, on any machine whose ridge is above one half, which is all
-# of them. Everything in Part II of this tutorial moves one of the two numbers: fewer bytes per weight (chapter 09),
-# fewer per cached token (10), more tokens per reading (11).
+# Prefill of 256 tokens does 177 times the arithmetic of decoding one, with the same weights (it would be 256 times, but
+# only its last row goes through the output layer): compute-bound on a CPU, and from some 600 tokens on an H200 too.
+# Decoding one request does two FLOPs for every four bytes: memory-bound on any machine whose ridge is above one half,
+# which is all of them. Everything in Part II of this tutorial moves one of the two numbers: fewer bytes per weight
+# (chapter 09), fewer per cached token (10), more tokens per reading (11).
 #
 # The floor is not what is reached. The share column says how far away the engine is: launches, Python, caches too
 # small, attention that waits.
@@ -215,7 +216,7 @@ with book.figure(args, "ch02_roofline", columns=2, size=(9, 3.6)) as axes:
 # ## Try this
 #
 # 1. `dtype = torch.bfloat16`: which column halves, and where does the ridge go?
-# 2. CONTEXT = 400. Which rows change?
+# 2. CONTEXT = 300. Which rows change?
 # 3. Put your phone's or laptop's datasheet numbers in the place of the H200's.
 #
 # **Exercise 11** (`python tutorial/check.py 11`): write `Roofline.cost`, which counted the bytes and FLOPs above.

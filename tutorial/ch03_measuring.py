@@ -107,7 +107,8 @@ book.predicted("p99 of the time to first token, true against reported", PREDICT,
 #
 # First the same mean rate, only burstier (BurstGPT's gamma distribution), then more and more requests. From 80 to 100 % of
 # what the server can do throughput still rises by a fifth, and goodput falls off a cliff. The reader's experience falls
-# later: who is a little late is not yet a lost reader. A closed loop never gets there: it asks for no more than it is given.
+# later: who is a little late is not yet a lost reader. A closed loop may be as slow, with 64 clients say, but it settles
+# there: it asks for no more than it is given. In the open one above 100 % the queue grows for as long as requests come.
 
 # %%
 together = [job._replace(at=0.0) for job in asked]

@@ -308,7 +308,7 @@ with book.figure(args, "ch04_kernels", columns=3, size=(10, 3.2)) as axes:
         left.legend(fontsize=8), middle.legend(fontsize=8)
         right.bar_label(right.bar([name.split(":")[0].replace(" by operation", "s") for name in one], list(one.values()),
                                   color=(book.ORANGE, book.BLUE, book.GREEN)))
-        right.set(title="Launches of a decode step")
+        right.set(title="Launches of a decode step", ylim=(0, 230))
 
 # %% [markdown]
 # ## Why

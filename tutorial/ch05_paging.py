@@ -222,8 +222,8 @@ with book.figure(args, "ch05_paging", columns=2, size=(9, 3.4)) as axes:
                  yticklabels=list(schemes), ylim=(3.6, -1.3))
         left.legend(ncols=3, loc="upper center", fontsize=9, columnspacing=1, handlelength=1)
         left.grid(visible=False)
-        for (name, s), colour in zip(grow.items(), (book.GREEN, book.BLUE)):
-            right.plot(s.running, color=colour, label=name)
+        for (name, s), style, colour in zip(grow.items(), ("--", "-"), (book.GREEN, book.BLUE)):
+            right.plot(s.running, style, color=colour, label=name)
         right.set(title="When everybody grows", xlabel="step", ylabel="requests running", ylim=(0, None))
         right.legend()
 
@@ -234,11 +234,12 @@ with book.figure(args, "ch05_paging", columns=2, size=(9, 3.4)) as axes:
 # half a block with blocks. (With prefix sharing, chapter 06, there is less than that.) External fragmentation is gone
 # because all blocks have the same size: any free one fits.
 #
-# The price is an indirection in the attention kernel. The alternative is to leave it to the hardware: vAttention
-# reserves *virtual* addresses for the longest request, and maps physical pages behind them as the request grows, so
-# that unchanged kernels see contiguous memory. It pays with the driver's page size (2 MB unless the driver is changed):
-# for one layer of Llama-3.1-8B in 16 bits, 2 MB of keys are 1,024 tokens, so its "block" is that of our sweep's last
-# row, times four. And sharing a prefix (chapter 06) works in steps of such pages only.
+# The price is an indirection in the attention kernel. On the CPU above it shows in small blocks, and from 16 tokens on
+# no more. The alternative is to leave it to the hardware: vAttention reserves *virtual* addresses for the longest
+# request, and maps physical pages behind them as the request grows, so that unchanged kernels see contiguous memory. It
+# pays with the driver's page size (2 MB unless the driver is changed): for one layer of Llama-3.1-8B in 16 bits, 2 MB
+# of keys are 1,024 tokens, so its "block" is that of our sweep's last row, times four. And sharing a prefix (chapter
+# 06) works in steps of such pages only.
 #
 # ## At scale
 #

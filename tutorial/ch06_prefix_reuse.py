@@ -205,6 +205,7 @@ with book.figure(args, "ch06_prefix_reuse", columns=3, size=(11, 3.4)) as axes:
         for i, value in enumerate(share.values()):
             left.annotate(f" {value:.0f} %", (value, i), va="center")
         left.set(title="Still to compute", xlabel="% of prompt tokens", xlim=(0, 125), ylim=(3.6, -0.6))
+        left.set_xticks(range(0, 101, 25))
         left.grid(axis="y", visible=False)
         for (name, hits), style, colour in zip(pressure.items(), ("o-", "s--"), (book.RED, book.BLUE)):
             middle.plot([100 * size / 480 for size in SIZES], hits, style, color=colour, label=name)

@@ -42,9 +42,8 @@ from nanoserve import LLM
 
 args = book.options(__doc__)
 PLACES, WHOLE = 16, 2048  # requests at once; a budget that no prompt reaches
-# What a step takes, in the time that a step of one token takes: reading the weights, then computing. The second
-# constant is what makes a step of 64 tokens take twice as long as one of one token. The last cell measures it on this
-# machine.
+# What a step takes, in the time that a step of one token takes: reading the weights, then computing. With 1 / 64 a step
+# of 64 tokens takes twice as long as one of one token. The last cell measures what it is on this machine.
 PER_TOKEN = 1 / 64
 WEIGHTS = (1, PER_TOKEN, 0, 0)  # see simulator.work
 
@@ -184,9 +183,9 @@ print(f"~ on this machine a token more costs 1/{1 / per_token:.0f} of a small st
 with book.figure(args, "ch07_batching", columns=2, size=(9, 3.4)) as axes:
     if axes is not None:
         left, right = axes
-        for (name, c), colour in zip(ways.items(), (book.RED, book.ORANGE, book.BLUE)):
+        for (name, c), style, colour in zip(ways.items(), (":", "--", "-"), (book.RED, book.ORANGE, book.BLUE)):
             ends = sorted(t for times in c.tokens for t in times)
-            left.plot(ends, range(1, len(ends) + 1), color=colour, label=name)
+            left.plot(ends, range(1, len(ends) + 1), style, color=colour, label=name)
         left.set(title="Tokens out over time", xlabel="time, in steps of one token", ylabel="tokens out")
         left.legend()
         budgets = list(dial)

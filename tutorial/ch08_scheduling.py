@@ -168,9 +168,10 @@ book.table("predictor | on rush: tokens off | tau | on wild: tokens off | tau | 
 # %% [markdown]
 # ## One trace, eight policies
 #
-# All are the engine's own but the last, which a few lines add: *earliest need first*, after Andes. A request's key is
-# the time at which its reader will have read all there is: fixed while it waits, later with every token it gets. Who
-# runs far ahead of the reader makes room for whoever falls behind.
+# All are the engine's own but the last. `Shortest` adds the prompt to what its predictor says: with `max_tokens`, which
+# is the same for all, only prompts are left. The last one a few lines add: *earliest need first*, after Andes. A
+# request's key is the time at which its reader will have read all there is: fixed while it waits, later with every
+# token it gets. Who runs far ahead of the reader makes room for whoever falls behind.
 
 # %%
 
@@ -288,8 +289,8 @@ with book.figure(args, "ch08_scheduling", columns=2, size=(9, 3.6)) as axes:
         left.set(title="Who waits for the first token", xlabel="mean wait, steps of one token", yticks=range(len(runs)),
                  yticklabels=list(runs), ylim=(len(runs) - 0.4, -0.6))
         left.legend(loc="lower right")
-        for (name, r), colour in zip(list(tenants.items())[:3], (book.RED, book.ORANGE, book.BLUE)):
-            right.plot([lead / 1000 for lead in r.leads], color=colour, label=name)
+        for (name, r), style, colour in zip(tenants.items(), (":", "--", "-"), (book.RED, book.ORANGE, book.BLUE)):
+            right.plot([lead / 1000 for lead in r.leads], style, color=colour, label=name)
         right.axhspan(-2 * U / 1000, 2 * U / 1000, color="#EEEEEE", zorder=0, label="within 2 U")
         right.set(title="The guest's lead over the crowd", xlabel="step", ylabel="thousand tokens of service")
         right.legend(fontsize=9, loc="lower left")

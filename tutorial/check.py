@@ -105,7 +105,7 @@ def stub(ex) -> str:
 def same_code(source: str | bytes, other: str) -> bool:
     """Whether two files define the same functions, whatever else is in them, and whatever docstrings say."""
     def functions(text):
-        nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+        nodes = [node for node in ast.parse(text, "your file").body if isinstance(node, ast.FunctionDef)]
         return [[ast.dump(part) for part in [node.args, *node.body[ast.get_docstring(node) is not None:]]] for node in nodes]
     return functions(source) == functions(other)
 
@@ -133,7 +133,7 @@ def swapped(ex, source: str | bytes, filename: str):
         for name, original in originals.items():
             function = getattr(submission, name.split(".")[-1], None)
             if not callable(function):
-                raise NotImplementedError
+                raise NotImplementedError(f"there is no function {name.split('.')[-1]} in it")
 
             def counted(*args, _function=function, _name=name, **kwargs):
                 calls[_name] += 1
@@ -150,18 +150,31 @@ def compare_cases(want: list, got) -> None:
     import torch
     from exercises import Wrong
 
-    for i, ((call, expected, cause), (_, value, _)) in enumerate(zip(want, got)):
+    for i, (call, expected, cause) in enumerate(want):
+        case = f"unit case {i + 1} of {len(want)}: {call}"
+        try:
+            _, value, _ = next(got)
+        except Exception as error:
+            error.case = f"\n  in {case}\n  which is about: {cause}"
+            raise
         where = ""
-        if torch.is_tensor(expected) and torch.is_tensor(value) and expected.shape == value.shape:
+        if type(value) is not type(expected):
+            cause = f"{type(expected).__name__} expected, not {type(value).__name__}{': no return?' * (value is None)}"
+        elif torch.is_tensor(expected) and expected.shape != value.shape:
+            expected, value = (f"of shape {list(x.shape)}" for x in (expected, value))
+        elif torch.is_tensor(expected):
             bad = ~torch.isclose(expected, value.to(expected.dtype), rtol=1e-5, atol=1e-7, equal_nan=True)
             if not bad.any():
                 continue
             at = tuple(bad.nonzero()[0].tolist())
             where = f"\n  first difference at {list(at)}: {expected[at].item():.6g}, yours {value[at].item():.6g}"
-        elif not torch.is_tensor(value) and type(value) is type(expected) and value == expected:
+            expected, value = expected[at[:-1]], value[at[:-1]]  # that row: the whole would fill the screen
+        elif value == expected:
             continue
-        raise Wrong(f"unit case {i + 1} of {len(want)}: {call}\n  expected  {expected}\n  yours     {value}{where}\n"
-                    f"  likely cause: {cause}")
+        elif isinstance(expected, (list, tuple)):
+            found = ((k, pair) for k, pair in enumerate(zip(expected, value)) if pair[0] != pair[1])
+            where = "".join(f"\n  first difference at [{k}]: {a}, yours {b}" for k, (a, b) in [*found][:1])
+        raise Wrong(f"{case}\n  expected  {expected}\n  yours     {value}{where}\n  likely cause: {cause}")
 
 
 def compare_runs(ex, want, got, calls) -> None:
@@ -206,7 +219,7 @@ def grade(number: str, source: str | bytes, filename: str = "submission", tiers=
     ex, want = exercises()[number], reference(number)
     try:
         if same_code(source, stub(ex)):
-            raise NotImplementedError
+            raise NotImplementedError("the bug is still there: no function has changed" if ex.PLANTED else "not written yet")
         with swapped(ex, source, filename) as (submission, calls), torch.inference_mode():
             if "unit" in tiers:
                 compare_cases(want.cases, want.spec.cases())
@@ -225,16 +238,19 @@ def grade(number: str, source: str | bytes, filename: str = "submission", tiers=
                 said, why = getattr(submission, "BROKEN", None), " ".join(str(getattr(submission, "WHY", "")).split())
                 if said != want.broken or not why:
                     raise Wrong("the bug is gone; now say in BROKEN which request it broke, by its number from 0, and in WHY"
-                                " why" + f" (BROKEN = {said} is not it)" * (said not in (None, want.broken)))
+                                " why" + f" (BROKEN = {said!r} is not it)" * (said not in (None, want.broken)))
                 report = f"WHY: {why}\n  {report}"
-    except NotImplementedError:
-        return "not written", "not written yet"
+    except NotImplementedError as error:
+        return "not written", str(error) or "not written yet"
     except Wrong as error:
         return "wrong", str(error)
     except (Exception, SystemExit) as error:
         lines = [f"line {f.lineno}" for f in traceback.extract_tb(error.__traceback__) if f.filename == filename]
         place = f" ({lines[-1]} of your file)" if lines else ""
-        return "wrong", f"your code raised {type(error).__name__}{place}: {error}"
+        said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line  # an assert without words: its condition
+        if isinstance(error, RecursionError):
+            said += "; to ask the engine's function is to ask yours, which is in its place"
+        return "wrong", f"your code raised {type(error).__name__}{place}: {said}{getattr(error, 'case', '')}"
     if not ex.PLANTED and same_code(source, answer(ex)):
         return "copied", f"word for word the engine's own\n  {report}"
     return "passed", report
@@ -304,7 +320,7 @@ def check(ex, path: Path, limit: float = TIME_LIMIT) -> int:
     """Grade a file, print the verdict, and return the exit code."""
     result, message, printed = judge(ex, path.read_bytes(), limit)
     print(f"{printed}exercise {ex.id}: {result}")
-    print(f"  {message}" if result != "not written" else f"  write in {path}; --hint gives a first hint")
+    print(f"  {message}" + f"\n  write in {path}; --hint gives a first hint" * (result == "not written"))
     return EXIT_CODES.get(result, WRONG)
 
 
@@ -314,11 +330,12 @@ def grade_folder(folder: Path, wanted: list, limit: float = TIME_LIMIT) -> None:
     files = [(ex, student / f"ex{ex.id}.py") for student in students for ex in wanted]
     # All are read before the first one runs: no submission can change another.
     work = [(ex, path.read_bytes() if path.is_file() else None, limit) for ex, path in files]
+    there = {student: "there are: " + ", ".join(sorted(path.name for path in student.iterdir())) for student in students}
     table, passed = csv.writer(sys.stdout), 0
     table.writerow(("student", "exercise", "result", "message"))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for (ex, path), (result, message, _) in zip(files, pool.map(lambda task: judge(*task), work)):
-            student = path.parent.name
+            student, message = path.parent.name, there[path.parent] if result == "missing" else message
             table.writerow((student, ex.id, result, message.partition("\n")[0][:500]))
             print(f"{student} {ex.id}: {result}", file=sys.stderr)
             passed += result == "passed"
@@ -332,7 +349,10 @@ def grade_folder(folder: Path, wanted: list, limit: float = TIME_LIMIT) -> None:
 
 def read_notes(work: Path) -> dict[str, int | str]:
     """{"03 hints": how many were shown, "03 passed": the text that passed}"""
-    return json.loads(path.read_text()) if (path := work / "notes.json").exists() else {}
+    try:
+        return json.loads((work / "notes.json").read_text())
+    except (OSError, ValueError):  # none yet, or cut short when somebody pressed Ctrl-C
+        return {}
 
 
 def status(ex, work: Path) -> str:
@@ -344,14 +364,17 @@ def status(ex, work: Path) -> str:
 
 def attempt(ex, work: Path, args: argparse.Namespace) -> int:
     """What a student does with one exercise. Returns the exit code."""
-    path, notes, code = work / f"ex{ex.id}.py", read_notes(work), PASSED
+    path, news, code = work / f"ex{ex.id}.py", {}, PASSED
     if args.reset or not path.exists():
         work.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            path.replace(path.with_suffix(".old.py"))
+            print(f"what was there is now {path.with_suffix('.old.py')}")
         path.write_bytes((STUBS / path.name).read_bytes())
         print(f"exercise {ex.id}, {ex.TITLE}\n  write in {path}\n  read tutorial/{ex.CHAPTER}, about {ex.MINUTES} minutes")
-        return NOT_WRITTEN
+        code = PASSED if args.hint else NOT_WRITTEN
     if args.hint:
-        shown = notes[f"{ex.id} hints"] = min(notes.get(f"{ex.id} hints", 0) + 1, len(ex.HINTS))
+        shown = news[f"{ex.id} hints"] = min(read_notes(work).get(f"{ex.id} hints", 0) + 1, len(ex.HINTS))
         print("\n".join(f"hint {i + 1} of {len(ex.HINTS)}: {hint}" for i, hint in enumerate(ex.HINTS[:shown])))
     elif args.diff:
         if status(ex, work) != "passed":
@@ -359,22 +382,25 @@ def attempt(ex, work: Path, args: argparse.Namespace) -> int:
             return WRONG
         sides = path.read_text(encoding="utf-8").splitlines(), answer(ex).splitlines()
         print("\n".join(difflib.unified_diff(*sides, "yours", "the engine's", n=99)))
-    else:
-        seen, code = path.stat().st_mtime, check(ex, path, args.limit)
-        while args.watch and code != PASSED:
-            time.sleep(0.5)
-            if seen != path.stat().st_mtime:
-                seen, code = path.stat().st_mtime, check(ex, path, args.limit)
+    elif code == PASSED:
+        code = seen = None
+        while code is None or args.watch and code != PASSED:
+            with contextlib.suppress(FileNotFoundError):  # an editor may be just about to put the new one there
+                if seen != (seen := path.stat().st_mtime):
+                    code = check(ex, path, args.limit)
+            time.sleep(0.5 * args.watch)
         if code == PASSED:
-            notes[f"{ex.id} passed"] = path.read_text(errors="replace")
-    (work / "notes.json").write_text(json.dumps(notes))
+            news[f"{ex.id} passed"] = path.read_text(errors="replace")
+    # Read anew: a --watch may have taken an hour, and another exercise may have passed meanwhile.
+    (work / "notes.json").write_text(json.dumps(read_notes(work) | news))
     return code
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(BROKEN, f"{message}\n")
-    parser.add_argument("exercise", nargs="?", choices=exercises(), metavar="exercise", help="its number, such as 03")
+    parser.add_argument("exercise", nargs="?", type=lambda number: number.zfill(2), choices=exercises(), metavar="exercise",
+                        help="its number, such as 03")
     for name in ("hint", "watch", "diff", "reset"):
         parser.add_argument("--" + name, action="store_true")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
@@ -386,6 +412,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     work = Path(os.environ.get("NANOSERVE_WORK", ROOT / "work"))
     wanted = [exercises()[args.exercise]] if args.exercise else list(exercises().values())
+    if not args.exercise and (args.hint or args.watch or args.diff or args.reset):
+        parser.error("--hint, --watch, --diff and --reset: need an exercise's number, such as 03")
     if args.key and args.seed is None:
         parser.error("--key: needs a --seed, as there is a key for each")
     if args.grade and not args.grade.is_dir():
@@ -415,5 +443,7 @@ if __name__ == "__main__":
     except ImportError as error:
         print(f"{error}: run `pip install -e .` first", file=sys.stderr)
         sys.exit(BROKEN)
+    except BrokenPipeError:  # `| head` has seen enough
+        os._exit(PASSED)
     except KeyboardInterrupt:
         sys.exit(NOT_WRITTEN)

@@ -1,8 +1,9 @@
 """From logits to the probabilities a token is drawn from.
 
 Write the function that sampling rests on: temperature, then top-k, then top-p, then min-p, each row with its own
-settings. `kernels.sample` calls it for every row that is not greedy, and then draws. Sorting the whole row is fine
-here; the engine is smarter about that, and `--diff` shows how once you have passed.
+settings. `kernels.sample` calls it for every row that is not greedy, and then draws. Each filter looks at what the one
+before it left: top-p at probabilities that sum to 1 again after top-k. Sorting the whole row is fine here; the engine is
+smarter about that, and `--diff` shows how once you have passed.
 """
 
 import torch
@@ -47,18 +48,20 @@ def cases():
     def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         settings = [torch.tensor(x if isinstance(x, list) else [x] * len(logits))
                     for x in (temperature, top_k, top_p, min_p)]
-        return kernels.token_probabilities(logits, settings[0].float(), settings[1], *(s.float() for s in settings[2:]))
+        settings = [settings[0].float(), settings[1], *(s.float() for s in settings[2:])]
+        return kernels.token_probabilities(logits.clone(), *settings)
 
     row = torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.0]]).log()[:, :4]  # probabilities 0.4 0.3 0.2 0.1
-    yield "logits of 0.4 0.3 0.2 0.1, nothing else", probabilities(row), "with everything off this is softmax"
-    yield "the same, temperature 0.5", probabilities(row, 0.5), "logits are divided by the temperature, before softmax"
-    yield "the same, top_k 2", probabilities(row, top_k=2), "top-k keeps exactly the k largest (and ties with the last)"
-    yield "the same, top_p 0.5", probabilities(row, top_p=0.5), "top-p keeps the token that crosses p"
-    yield "the same, top_p 0.1", probabilities(row, top_p=0.1), "the most likely token always stays"
-    yield ("the same, top_k 2 and top_p 0.5", probabilities(row, top_k=2, top_p=0.5),
+    logits = "logits of 0.4 0.3 0.2 0.1"
+    yield f"{logits}, nothing else", probabilities(row), "with everything off this is softmax"
+    yield f"{logits}, temperature 0.5", probabilities(row, 0.5), "logits are divided by the temperature, before softmax"
+    yield f"{logits}, top_k 2", probabilities(row, top_k=2), "top-k keeps exactly the k largest (and ties with the last)"
+    yield f"{logits}, top_p 0.5", probabilities(row, top_p=0.5), "top-p keeps the token that crosses p"
+    yield f"{logits}, top_p 0.1", probabilities(row, top_p=0.1), "the most likely token always stays"
+    yield (f"{logits}, top_k 2 and top_p 0.5", probabilities(row, top_k=2, top_p=0.5),
            "top-p looks at the probabilities that top-k left, which sum to 1 again: here 0.57 and 0.43")
-    yield "the same, min_p 0.3", probabilities(row, min_p=0.3), "min-p is a share of the largest probability, not absolute"
-    yield ("the same in another order, top_p 0.75", probabilities(row[:, [2, 0, 3, 1]], top_p=0.75),
+    yield f"{logits}, min_p 0.3", probabilities(row, min_p=0.3), "min-p is a share of the largest probability, not absolute"
+    yield ("logits of 0.2 0.4 0.1 0.3, top_p 0.75", probabilities(row[:, [2, 0, 3, 1]], top_p=0.75),
            "the answer must be in the tokens' own order, not sorted")
     yield ("two equal logits at the k-th place, top_k 2", probabilities(torch.tensor([[1.0, 2.0, 1.0, 0.0]]), top_k=2),
            "tokens that tie with the k-th stay")
@@ -67,3 +70,6 @@ def cases():
            probabilities(mixed, [1.0, 0.7, 2.0, 1.0, 5.0, 0.1], [0, 5, 0, 300, 1, 0], [0.9, 0.5, 1.0, 0.99, 0.5, 0.9],
                          [0.0, 0.0, 0.05, 0.1, 0.0, 0.5]), "every row has its own settings; 0 and 1 mean off, row by row")
     yield "large logits", probabilities(torch.tensor([[800.0, 790.0, -800.0]]), 0.5), "subtract the maximum before exp"
+    given = row.clone()
+    kernels.token_probabilities(given, *(torch.tensor([x]) for x in (0.5, 2, 0.5, 0.1)))
+    yield f"{logits}, after the call", given, "they belong to the caller: write into a tensor of your own"

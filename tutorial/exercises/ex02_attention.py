@@ -4,6 +4,10 @@ One function serves prefill, decode and everything between. Request b owns rows 
 1 of q; its keys and values lie in the blocks that row b of block_tables names, in that order, and end at
 context_lens[b]. A loop over the requests is fine: that is how the engine's own definition goes, and its fast bodies
 are checked against it.
+
+q is [T, Hq, D]; k_cache and v_cache are [blocks, block_size, Hkv, D]; block_tables [B, N], context_lens [B] and
+query_start [B + 1] are int32. What lies in a block behind the context is not zero: it is whatever was there before, and
+here it is NaN. This exercise has no int8 cache: leave `scales` and the docstring's last paragraph out.
 """
 
 import torch
@@ -63,7 +67,7 @@ def cases():
     yield *attend([1], [7], 1, 1), "a decoding request sees its whole context: blocks in the table's order, times the scale"
     yield *attend([4], [4], 1, 1), "causal: query i sees keys 0 .. i"
     yield *attend([3], [8], 1, 1), "a later chunk: its first query stands at position 5, not 0"
-    yield *attend([1, 1, 1], [5, 2, 9]), "each request has its own row of the block table, and its own length"
+    yield *attend([1, 1, 1], [5, 2, 9], 1, 1), "each request has its own row of the block table, and its own length"
     yield *attend([2, 1, 5], [4, 11, 5], 6, 2), "query head h reads key head h // (Hq // Hkv): here 0 0 0 1 1 1"
     yield *attend([5, 1], [9, 12], window=4), "a window of 4: a position sees itself and the 3 before it"
     yield *attend([1, 7, 2, 1], [16, 7, 33, 1], 4, 4, 5), "slots behind the context are NaN: cut at its length"

@@ -5,9 +5,10 @@ count is 0, and then it stands in `self.free`, an OrderedDict used as an ordered
 recently freed block. A free block may still hold a prefix that somebody could reuse (chapter 06): that ends when the
 block is handed out again.
 
-You need: self.refs (list), self.free (OrderedDict), self.copies (dict; {block: source} copies that are due, of which
-one into a block that becomes free is off), self.content (list; None for a block that holds nothing known), and
-self._unindex(block), which takes a block out of the prefix index.
+You need: self.refs (list), self.free (OrderedDict), self.content (list; None for a block that holds nothing known),
+self.copies (dict {block: source}: copies that are still to be made; when a block becomes free nobody needs the one into
+it, so that entry goes, if there is one), and self._unindex(block), which takes a block out of the prefix index and does
+nothing if it is not there.
 """
 
 from collections import OrderedDict
@@ -59,7 +60,7 @@ def cases():
     b = pool.fork(a)
     pool.release(a)
     yield ("release one of two tables over the same blocks", (a, b, pool.refs, list(pool.free)),
-           "the other table holds them still")
+           "the table that was released is empty; the other holds its blocks still")
     pool.release(b)
     yield "release the other", (b, pool.refs, list(pool.free)), "last block first: 3, 2, 1 come behind what was free before"
     yield "match the prefix they still hold", pool.match([10, 11, 12, 13, 14, 15, 16]), "a free block keeps its contents"

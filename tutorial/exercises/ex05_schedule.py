@@ -14,11 +14,15 @@ The rules, in order:
      but nobody in a step that preempted. First match the prefix; admit only if the pool has room for the whole request
      as it stands, where cached blocks that lie in the free list count as taken. Who does not fit stops the line.
 
-You need: self.running, self.preempt(request), self._most_urgent() (a waiting request or None), self._dequeue(request)
-(moves it to running), self._plan(plan, request, n) (extends its block table and notes it), self.num_hit_tokens (add
-hits to it); of the pool num_free, blocks_for(tokens), blocks_missing, match(tokens, root), num_free_in(blocks),
-adopt(blocks). A request whose `reuse_prefix` is False matches nothing. The engine's own `schedule` also serves deadlines,
-drafts, swapping and policies by which a waiting request pushes out a running one. Leave these out: nobody here uses them.
+You need: self.running (a list), self.preempt(request) (takes it out of there, and its blocks away), self._most_urgent()
+(a waiting request or None), self._dequeue(request) (moves it to running), self._plan(plan, request, n) (plan is a dict
+{request: n}; extends the request's block table and notes it), self.num_hit_tokens (add hits to it); of self.pool num_free,
+block_size, blocks_for(number of tokens), blocks_missing, match(tokens, root), num_free_in(blocks), adopt(blocks) (takes
+references, returns the table); of a request status, tokens, root, num_computed, num_behind, block_table, width. A request
+whose `reuse_prefix` is False matches nothing. The engine's own `schedule` also serves deadlines, drafts, swapping and
+policies by which a waiting request pushes out a running one. Leave these out: nobody here uses them.
+
+The unit cases show for each step ([(request, n), ...], free blocks after it, preemptions so far).
 """
 
 from cache import BlockPool
@@ -91,6 +95,11 @@ def cases():
     yield "a prompt of 20, budget 8", [step(s) for _ in range(4)], "chunks of 8, 8, 4: what is left of the budget"
     s = make(([1] * 3, 4), ([2] * 20, 2), ([3] * 2, 3))
     yield "prompts of 3, 20 and 2", [step(s) for _ in range(7)], "fewest tokens behind first, so that decoding never waits"
+    s = make(([1] * 3, 4), ([2] * 20, 2), budget=4)
+    trace = [step(s)]
+    s.running.reverse()
+    yield ("a prompt of 20 stands before one that decodes, budget 4", trace + [step(s) for _ in range(3)],
+           "whatever order self.running is in, the fewest tokens behind go first")
     s = make(*(([i] * 2, 3) for i in range(6)), places=4)
     yield "six requests, four places", [step(s) for _ in range(6)], "at most max_batch_requests run at once"
     s = make(([1] * 6, 8), ([2] * 6, 8), ([3] * 6, 8), blocks=11, budget=16)
@@ -114,6 +123,8 @@ def cases():
     step(s)
     s.add(Request(list(range(8)) + [9], 2))
     yield "a prompt of 9 whose first 8 are cached", [step(s), s.num_hit_tokens], "match first, then count what is left"
+    s.add(Request(list(range(8)) + [9], 2, reuse_prefix=False))
+    yield "the same, with reuse_prefix False", [step(s), s.num_hit_tokens], "who wants every token computed matches nothing"
     s = make((list(range(12)), 1), blocks=7, budget=20)
     step(s)
     s.add(Request([5] * 2, 9))

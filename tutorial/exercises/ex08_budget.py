@@ -74,10 +74,15 @@ def cases():
     """(call, value, likely cause)"""
     new, half, old = (SimpleNamespace(num_output=output, num_behind=behind, num_computed=computed)
                       for output, behind, computed in ((0, 90, 0), (0, 20, 64), (3, 1, 80)))
-    yield "nobody there", 8 <= budget([], []) <= LARGEST, "a number from 8 to 64"
-    yield "one prompt runs, one waits", budget([new], [new]) > STALL_FREE, "nobody is reading yet, so nobody can be stalled"
-    yield "a half computed prompt runs", budget([half], []) > STALL_FREE, "a prompt under way is not decoding"
-    yield "one decodes, one prompt waits", budget([old], [new]) <= STALL_FREE, "at most 16 while somebody decodes"
-    yield "one decodes beside a prompt", budget([half, old], []) <= STALL_FREE, "it does not matter who comes first"
-    yield "a preempted request waits", budget([new], [old]) > STALL_FREE, "who waits is not decoding"
-    yield "eight decode", 8 <= budget([old] * 8, []) <= STALL_FREE, "every running request needs a token"
+
+    def asked(running, waiting, least=STALL_FREE + 1, most=LARGEST):
+        n = budget(running, waiting)
+        return f"from {least} to {most}" if isinstance(n, int) and least <= n <= most else f"{n}"
+
+    yield "nobody there", asked([], [], 8), "a number from 8 to 64"
+    yield "one prompt runs, one waits", asked([new], [new]), "nobody is reading yet, so nobody can be stalled"
+    yield "a half computed prompt runs", asked([half], []), "a prompt under way is not decoding"
+    yield "one decodes, one prompt waits", asked([old], [new], 8, STALL_FREE), "at most 16 while somebody decodes"
+    yield "one decodes beside a prompt", asked([half, old], [], 8, STALL_FREE), "it does not matter who comes first"
+    yield "a preempted request waits", asked([new], [old]), "who waits is not decoding"
+    yield "eight decode", asked([old] * 8, [], 8, STALL_FREE), "every running request needs a token"

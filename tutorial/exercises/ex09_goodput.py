@@ -7,6 +7,8 @@ You need: self.clock() (the time now, in seconds); of the request ttft_target, i
 there is none), arrived and last_token (times; before the first token last_token is when it arrived), in_time (True until a
 target is missed), num_output (tokens appended so far) and finish_reason ("stop", "length" or "abort"); and the counters
 self.num_with_targets and self.num_in_time. Here the clock does not tick in seconds: a step takes as long as it has tokens.
+
+The unit cases show ([in_time after each step, ...], num_with_targets, num_in_time).
 """
 
 from types import SimpleNamespace
@@ -92,7 +94,7 @@ def cases():
             ((9, 2, 2), {"itl_target": 2}, "the first token has the ttft_target, and here there is none"),
             ((1, 9, 9), {"ttft_target": 2}, "None is no target"),
             ((3, 3, 3), {"itl_target": 3}, "a gap begins with the token before, not with the arrival"),
-            ((0, 0, 0), {"ttft_target": 0, "itl_target": 0}, "0 is a target, None is not"),
+            ((1, 0, 0), {"ttft_target": 0, "itl_target": 0}, "0 is a target, None is not"),
             ((2,) * 9, {"ttft_target": 9, "others": (3, 3), "places": 2}, "waiting in the queue belongs to the first token"),
             ((2,) * 4, {"ttft_target": 4, "width": 3}, "each of the three samples is counted when it ends"),
             ((2, 2, 2), {"deadline": 6}, "an end just in time is in time"),

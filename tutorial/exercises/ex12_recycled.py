@@ -10,7 +10,8 @@ blocks), mostly a question (Q or R, of two blocks), and one token more that nobo
     arrives   0    0    2    5    10   12   16   18   25   at step
 
 Without prefix caching all nine are answered rightly. Find the change and put it right; then say in BROKEN whose answer it
-spoiled, and in WHY what that request found in the cache, and how it came to be found.
+spoiled, and in WHY what that request found in the cache, and how it came to be found. (It shows `allocate` and `match`:
+whoever means to write these, in exercises 03 and 04, does so before.)
 """
 
 from cache import BlockPool

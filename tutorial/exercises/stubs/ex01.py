@@ -3,8 +3,9 @@
 From logits to the probabilities a token is drawn from.
 
 Write the function that sampling rests on: temperature, then top-k, then top-p, then min-p, each row with its own
-settings. `kernels.sample` calls it for every row that is not greedy, and then draws. Sorting the whole row is fine
-here; the engine is smarter about that, and `--diff` shows how once you have passed.
+settings. `kernels.sample` calls it for every row that is not greedy, and then draws. Each filter looks at what the one
+before it left: top-p at probabilities that sum to 1 again after top-k. Sorting the whole row is fine here; the engine is
+smarter about that, and `--diff` shows how once you have passed.
 """
 
 import math

@@ -6,6 +6,10 @@ One function serves prefill, decode and everything between. Request b owns rows 
 1 of q; its keys and values lie in the blocks that row b of block_tables names, in that order, and end at
 context_lens[b]. A loop over the requests is fine: that is how the engine's own definition goes, and its fast bodies
 are checked against it.
+
+q is [T, Hq, D]; k_cache and v_cache are [blocks, block_size, Hkv, D]; block_tables [B, N], context_lens [B] and
+query_start [B + 1] are int32. What lies in a block behind the context is not zero: it is whatever was there before, and
+here it is NaN. This exercise has no int8 cache: leave `scales` and the docstring's last paragraph out.
 """
 
 import math

@@ -16,11 +16,15 @@ The rules, in order:
      but nobody in a step that preempted. First match the prefix; admit only if the pool has room for the whole request
      as it stands, where cached blocks that lie in the free list count as taken. Who does not fit stops the line.
 
-You need: self.running, self.preempt(request), self._most_urgent() (a waiting request or None), self._dequeue(request)
-(moves it to running), self._plan(plan, request, n) (extends its block table and notes it), self.num_hit_tokens (add
-hits to it); of the pool num_free, blocks_for(tokens), blocks_missing, match(tokens, root), num_free_in(blocks),
-adopt(blocks). A request whose `reuse_prefix` is False matches nothing. The engine's own `schedule` also serves deadlines,
-drafts, swapping and policies by which a waiting request pushes out a running one. Leave these out: nobody here uses them.
+You need: self.running (a list), self.preempt(request) (takes it out of there, and its blocks away), self._most_urgent()
+(a waiting request or None), self._dequeue(request) (moves it to running), self._plan(plan, request, n) (plan is a dict
+{request: n}; extends the request's block table and notes it), self.num_hit_tokens (add hits to it); of self.pool num_free,
+block_size, blocks_for(number of tokens), blocks_missing, match(tokens, root), num_free_in(blocks), adopt(blocks) (takes
+references, returns the table); of a request status, tokens, root, num_computed, num_behind, block_table, width. A request
+whose `reuse_prefix` is False matches nothing. The engine's own `schedule` also serves deadlines, drafts, swapping and
+policies by which a waiting request pushes out a running one. Leave these out: nobody here uses them.
+
+The unit cases show for each step ([(request, n), ...], free blocks after it, preemptions so far).
 """
 
 from scheduler import RUNNING, Request

@@ -10,7 +10,8 @@ was plentiful. Here there are 16 blocks of four tokens, and a step computes at m
     output   18   16   12   10    9    tokens asked for
     arrives   0    0    1    1    9    at step
 
-Find it and put it right; then say in BROKEN whose answer it spoiled, and in WHY what was wrong with that answer.
+Find it and put it right; then say in BROKEN whose answer it spoiled, and in WHY what was wrong with that answer. (It shows
+`schedule`: whoever means to write that, in exercise 05, does so before.)
 """
 
 from scheduler import RUNNING, Request

@@ -9,6 +9,8 @@ You need: self.clock() (the time now, in seconds); of the request ttft_target, i
 there is none), arrived and last_token (times; before the first token last_token is when it arrived), in_time (True until a
 target is missed), num_output (tokens appended so far) and finish_reason ("stop", "length" or "abort"); and the counters
 self.num_with_targets and self.num_in_time. Here the clock does not tick in seconds: a step takes as long as it has tokens.
+
+The unit cases show ([in_time after each step, ...], num_with_targets, num_in_time).
 """
 
 from scheduler import Request
