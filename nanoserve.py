@@ -44,7 +44,6 @@ import platform
 import queue
 import random
 import re
-import secrets
 import signal
 import statistics
 import sys
@@ -56,7 +55,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from email.utils import formatdate
 from http import HTTPStatus
-from itertools import accumulate, chain, islice, pairwise, product, zip_longest
+from itertools import accumulate, chain, islice, product, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -604,7 +603,7 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with whatever the tokenizer puts around one (often a BOS)."""
         # A batch of one, because only for batches does the library let other threads run meanwhile.
-        return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+        return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of some token ids."""
@@ -714,6 +713,9 @@ class Detokenizer:
         self._stream = DecodeStream(ids=list(ids), skip_special_tokens=True)
 
     def _show(self, piece, may_stop):
+        if not self.stop:
+            self.text += piece
+            return
         if self.stopped:
             return
         old, self._held = len(self._held), self._held + piece
@@ -769,10 +771,9 @@ class SamplingParams:
     deadline: float | None = option(None, 0, 1e9)  # seconds after arrival: whatever is not finished by then is aborted
 
     def __new__(cls, *args, **options):
-        known = {f.name for f in fields(cls)}
         for name in options:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
+            if name not in cls.__dataclass_fields__:
+                close = difflib.get_close_matches(name, cls.__dataclass_fields__, 1)
                 raise ValueError(f"{name}: there is no such sampling option" + (f"; {close[0]} is one" if close else ""))
         return super().__new__(cls)
 
@@ -2169,12 +2170,15 @@ class Update(NamedTuple):
 
 @dataclass
 class Progress:
-    """When a sample last got a token, how many it had then, and how many tokens and characters its client was sent."""
+    """Of a sample on its way to its client: when it last got a token, how many it had then, and what was sent of them."""
 
+    job: Job
+    index: int  # which choice of the answer
     last_token: float
     num_output: int = 0
     num_sent: int = 0
-    num_chars: int = 0
+    num_chars: int = 0  # in what was sent
+    is_over: bool = False
 
 
 class Job:
@@ -2199,11 +2203,9 @@ class Job:
         texts = chain(*(map(str, source) if is_chat else [source] for source in self.source))
         self.is_short = sum(len(text) for text in texts if isinstance(text, str)) < SHORT_TEXT
         self.prompts: list[list[int]] = []  # token ids, once `tokenize` has run
-        # The engine thread's:
-        self.requests: list[Request] = []
-        self.progress: dict[Request, Progress] = {}
-        self.finished: set[Request] = set()
-        self.mailbox: asyncio.Queue[Update | HTTPError | None] = asyncio.Queue()  # the loop's; None: the job is accepted
+        self.requests, self.num_left = [], self.num_samples  # the engine thread's
+        # The loop's: what came and was not yet taken, and whether there is anything.
+        self.updates, self.error, self.has_news = [], None, asyncio.Event()
 
     def tokenize(self, llm: LLM) -> None:
         """Turn texts into token ids. Long texts take long, and are left to a third thread."""
@@ -2211,15 +2213,23 @@ class Job:
         if self.is_chat and self.params.max_tokens is None:
             self.params.max_tokens = max(1, self.params.min_tokens, llm.longest_request - len(self.prompts[0]))
 
+    def deliver(self, item: Update | HTTPError) -> None:
+        """Put something into the mailbox. After an error nothing comes."""
+        if isinstance(item, HTTPError):
+            self.error = item
+        else:
+            self.updates.append(item)
+        self.has_news.set()
+
     async def take(self) -> list[Update]:
-        """Everything that came since the last call, as soon as there is something. Raises the error if there is one."""
-        news = [await self.mailbox.get()]
-        while not self.mailbox.empty():
-            news.append(self.mailbox.get_nowait())
-        for item in news:
-            if isinstance(item, HTTPError):
-                raise item
-        return [update for update in news if update]
+        """Everything that came since the last call, as soon as there is something. Raises the error once that is taken."""
+        await self.has_news.wait()
+        updates, self.updates = self.updates, []
+        if self.error is None:
+            self.has_news.clear()
+        elif not updates:
+            raise self.error
+        return updates
 
 
 class Histogram:
@@ -2249,13 +2259,13 @@ class EngineThread(threading.Thread):
         super().__init__(name="nanoserve engine", daemon=True)
         self.llm, self.loop, self.on_fatal = llm, loop, on_fatal
         self.commands: queue.SimpleQueue[Callable | None] = queue.SimpleQueue()  # None ends the thread
-        self.jobs: dict[Request, tuple[Job, int]] = {}  # first sample -> its job, and the index of its first choice
+        self.progress: dict[Request, Progress] = {}  # of all samples that have a client
         self.over: str | None = None  # why nothing is computed any more
         self.ttft, self.itl, self.e2e = Histogram(), Histogram(), Histogram()
         self.num_prompt_tokens = self.num_failed = 0
         self.is_paused, self.delay, self.next_step = False, 0.0, 0.0  # seconds between the starts of two steps
-        self.history = deque([self._computed()], SHOWN_STEPS + 1)  # after each of the last steps
-        self.unsent: dict[Request, None] = {}  # samples with tokens that their clients were not sent; a set in order
+        self.history: deque[list[int]] = deque(maxlen=SHOWN_STEPS)  # [prefill, decode, drafts] of each of the last steps
+        self.unsent: dict[Request, Progress] = {}  # of those with news that were not sent
         self.next_due = 0.0  # when all of them are to be sent; infinity while that is under way
         self.loop_seconds = 0.0  # CPU time of the loop thread when that was done last
 
@@ -2273,6 +2283,7 @@ class EngineThread(threading.Thread):
             except Exception as error:
                 log.error("the engine failed", exc_info=error)
                 self.on_fatal()
+                self.unsent.clear()
                 self.end("the engine failed; the server's log says how")
 
     def _rest(self) -> float | None:
@@ -2284,9 +2295,10 @@ class EngineThread(threading.Thread):
         return max(0.0, self.next_step - time.perf_counter()) if self.delay else 0.0
 
     def _advance(self):
-        self.next_step = time.perf_counter() + self.delay
+        self.next_step, before = time.perf_counter() + self.delay, self._computed()
         self._report(self._step())
-        self.history.append(self._computed())
+        prefill, drafts, rows = (after - count for after, count in zip(self._computed(), before))
+        self.history.append([prefill, rows - prefill - drafts, drafts])
 
     def _computed(self) -> tuple[int, int, int]:
         """Tokens computed so far: those of prompts, drafts, and all."""
@@ -2303,9 +2315,8 @@ class EngineThread(threading.Thread):
             for i, prompt in enumerate(job.prompts):
                 request = self.llm.add_request(prompt, job.params, job.priority, job.cache_salt, job.tenant)
                 job.requests.append(request)
-                self.jobs[request] = job, i * job.params.n
+                self.progress[request] = Progress(job, i * job.params.n, job.arrived)
             self.num_prompt_tokens += sum(map(len, job.prompts))
-            self._post([(job, None)])
         except Exception as error:
             self.forget(job)
             self._post([(job, HTTPError.refusal(error) if isinstance(error, ValueError) else self._failure(error))])
@@ -2314,7 +2325,9 @@ class EngineThread(threading.Thread):
         """The job is over, or its client has left: abort whatever is left of it."""
         for request in job.requests:
             self.llm.abort(request)
-            self.jobs.pop(request, None)
+            for sample in request.samples:
+                self.progress.pop(sample, None)
+                self.unsent.pop(sample, None)
 
     def snapshot(self) -> dict[str, int]:
         """Counters and state, taken between two steps."""
@@ -2331,8 +2344,8 @@ class EngineThread(threading.Thread):
         owner[held] = np.repeat(np.arange(1, len(running) + 1), lengths)
         owner[np.bincount(held, minlength=pool.num_blocks) > 1] = SHARED_BLOCK
         owner[SCRATCH] = SCRATCH_BLOCK
-        starts = np.concatenate([[0], np.flatnonzero(np.diff(owner)) + 1])
-        runs = np.stack([owner[starts], np.diff(starts, append=pool.num_blocks)], 1)  # far fewer than blocks
+        ends = np.append(np.flatnonzero(owner[1:] != owner[:-1]), pool.num_blocks - 1)
+        runs = np.stack([owner[ends], np.diff(ends, prepend=-1)], 1)  # far fewer than blocks
 
         def row(request, last_block=0):
             return [request.arrival, request.sample_index, request.width, request.num_prompt, request.num_computed,
@@ -2344,8 +2357,7 @@ class EngineThread(threading.Thread):
                         for request in running],
             "waiting": [row(request) for request in scheduler.first_waiting(SHOWN_WAITING)],
             "num_waiting": scheduler.num_waiting,
-            "steps": [[p - p0, c - c0 - (p - p0) - (d - d0), d - d0]
-                      for (p0, d0, c0), (p, d, c) in pairwise(self.history)],  # prefill, decode, drafts
+            "steps": list(self.history),
             "counts": {**llm.counts, "hit_tokens": scheduler.num_hit_tokens, "preemptions": scheduler.num_preemptions,
                        "failed": self.num_failed},
             "is_paused": int(self.is_paused), "delay_ms": round(self.delay * 1000)}
@@ -2362,59 +2374,66 @@ class EngineThread(threading.Thread):
     def end(self, reason: str) -> None:
         """Compute nothing any more. Those that wait are told, and have their jobs forgotten; those that come are refused."""
         self.over = reason
-        self._post([(job, HTTPError(503, reason)) for job in {job for job, _ in self.jobs.values()}])
-        self.jobs.clear()
-        self.unsent.clear()
+        news = self._news(list(self.unsent))
+        jobs = {progress.job for progress in self.progress.values()}
+        self._post(news + [(job, HTTPError(503, reason)) for job in jobs])
+        self.progress.clear()
 
     # ---- what a step came to ----
 
     def _report(self, changed):
         """One batch of updates for the loop; a step for two hundred clients wakes it once."""
-        now, news = time.perf_counter(), []
+        now, urgent = time.perf_counter(), []
+        are_due = self.is_paused or self.delay or now >= self.next_due  # whoever looks step by step sees every step
         for request in changed:
-            job, _ = self.jobs.get(request.samples[0], (None, 0))
-            if job is None or request in job.finished:  # its client has left, or another sample of it has failed
+            progress = self.progress.get(request)
+            if progress is None and (first := self.progress.get(request.samples[0])):
+                progress = Progress(first.job, first.index + request.sample_index, first.job.arrived)
+                self.progress[request] = progress
+            if progress is None or progress.is_over:  # its client has left, or another sample of it has failed
                 continue
-            self.unsent[request] = None
-            progress = job.progress.setdefault(request, Progress(job.arrived))
             if request.num_output > progress.num_output:
                 (self.itl if progress.num_output else self.ttft).observe(now - progress.last_token)
                 progress.last_token, progress.num_output = now, request.num_output
-        are_due = self.is_paused or self.delay or now >= self.next_due  # whoever looks step by step sees every step
-        for request in list(self.unsent):
-            job, index = self.jobs.get(request.samples[0], (None, 0))
-            if job and not are_due and request.status != FINISHED and job.progress[request].num_sent:
+            self.unsent[request] = progress
+            if request.status == FINISHED or not progress.num_sent:
+                urgent.append(request)
+                are_due = are_due or request.error  # the last chance for what was kept back of its job
+        self._post(self._news(list(self.unsent) if are_due else urgent), sets_pace=are_due)
+
+    def _news(self, requests):
+        """(job, what its client is to be told) of these. Errors come last, and end their jobs."""
+        news, errors = [], {}
+        for request in requests:
+            if (progress := self.unsent.pop(request, None)) is None:
                 continue
-            del self.unsent[request]
-            if job is None or request in job.finished:
-                continue
+            job, is_over = progress.job, request.status == FINISHED and not request.error
             try:
+                if is_over or (job.stream and request.num_output > progress.num_sent):
+                    news.append((job, self._update(progress, request)))
                 if request.error:
                     raise HTTPError(504 if request.expired else 500, request.error)
-                update = self._update(job, index + request.sample_index, request)
             except Exception as error:
-                update, self.num_failed = self._failure(error), self.num_failed + (not request.expired)
-            if update:
-                news.append((job, update))
-            if isinstance(update, HTTPError) or len(job.finished) == job.num_samples:
-                self.forget(job)
-        self._post(news, sets_pace=are_due)
+                errors[job], self.num_failed = self._failure(error), self.num_failed + (not request.expired)
+                continue
+            if is_over:
+                self.e2e.observe(progress.last_token - job.arrived)
+                progress.is_over, job.num_left = True, job.num_left - 1
+                if not job.num_left:
+                    self.forget(job)
+        for job in errors:
+            self.forget(job)
+        return [*news, *errors.items()]
 
-    def _update(self, job, index, request) -> Update | None:
-        progress, is_finished = job.progress[request], request.status == FINISHED
-        if is_finished:
-            job.finished.add(request)
-            self.e2e.observe(progress.last_token - job.arrived)
-        elif not job.stream:
-            return None
+    def _update(self, progress, request) -> Update:
         text, logprobs, sent = self.llm.text(request), [], progress.num_sent
         if request.params.logprobs is not None:
             if sent == 0 and request.params.prompt_logprobs is not None:
                 logprobs += zip(request.tokens, request.prompt_logprobs or [None])
             end = len(request.tokens) - request.ended_by_token
             logprobs += zip(request.tokens[request.num_prompt + sent : end], request.logprobs[sent:])
-        update = Update(index, text[progress.num_chars:], request.num_output - sent, logprobs, request.finish_reason,
-                        is_finished and request.detokenizer.stopped)
+        update = Update(progress.index, text[progress.num_chars:], request.num_output - sent, logprobs,
+                        None if request.error else request.finish_reason, request.detokenizer.stopped)
         progress.num_sent, progress.num_chars = request.num_output, len(text)
         return update
 
@@ -2439,7 +2458,7 @@ class EngineThread(threading.Thread):
     def _post(self, news, sets_pace=False):
         def deliver():
             for job, item in news:
-                job.mailbox.put_nowait(item)
+                job.deliver(item)
             if sets_pace:  # whatever the loop has done since the last time, it had to do: this is how long it may rest now
                 before, self.loop_seconds = self.loop_seconds, time.thread_time()
                 self.next_due = time.perf_counter() + min(STREAM_GAP, (self.loop_seconds - before) / STREAM_SHARE)
@@ -2484,7 +2503,7 @@ class Answer:
         self.job, self.tokenizer = job, tokenizer
         kind = ("chat.completion" + ".chunk" * job.stream) if job.is_chat else "text_completion"
         # The end of the id says which request of the engine this is, the first of them: the page shows them by number.
-        name = f"{'chatcmpl' if job.is_chat else 'cmpl'}-{secrets.token_hex(12)}-{job.requests[0].arrival}"
+        name = f"{'chatcmpl' if job.is_chat else 'cmpl'}-{random.getrandbits(96):024x}-{job.requests[0].arrival}"
         self.frame = {"id": name, "object": kind, "created": int(time.time()), "model": model}
         self.choices: list[Choice] = []
         for source, prompt in zip(job.source, job.prompts):
@@ -2500,16 +2519,17 @@ class Answer:
     def is_finished(self) -> bool:
         return all(choice.finish_reason for choice in self.choices)
 
-    def opening(self) -> Iterator[dict]:
+    def opening(self) -> list[dict]:
         """What a stream begins with: the role in a chat, the prompts that are to be echoed."""
-        for i, choice in enumerate(self.choices):
-            if self.job.is_chat or choice.echo:
-                yield self._chunk(i, {"delta": {"role": "assistant", "content": ""}} if self.job.is_chat else
-                                  {"text": choice.echo})
+        role = {"delta": {"role": "assistant", "content": ""}} if self.job.is_chat else None
+        return [self._chunk(i, role or {"text": choice.echo})
+                for i, choice in enumerate(self.choices) if role or choice.echo]
 
-    def chunks(self, updates: list[Update]) -> Iterator[dict]:
-        """A chunk for each choice that has something new. Whatever a slow reader has not taken comes in one."""
-        by_choice: dict[int, list[Update]] = {}
+    def chunks(self, updates: list[Update]) -> list[dict]:
+        """A chunk for each choice that has something new, the usage after the last. Whatever a slow reader has not taken
+        comes in one.
+        """
+        chunks, by_choice = [], {}
         for update in updates:
             by_choice.setdefault(update.index, []).append(update)
         for i, group in by_choice.items():
@@ -2517,7 +2537,10 @@ class Answer:
             reason = self.choices[i].finish_reason
             if text or entries or reason:
                 shown = {"delta": {"content": text} if text else {}} if self.job.is_chat else {"text": text}
-                yield self._chunk(i, shown, entries, reason)
+                chunks.append(self._chunk(i, shown, entries, reason))
+        if self.job.include_usage and self.is_finished:
+            chunks.append({**self.frame, "choices": [], "usage": self.usage()})
+        return chunks
 
     def whole(self, updates: list[Update]) -> dict:
         """The answer that is not streamed, from one update for each choice."""
@@ -2567,20 +2590,68 @@ class Answer:
                 "top_logprobs": tops if k else None, "text_offset": [start for _, _, start in entries]}
 
 
-class Connection:
-    """One client's connection: HTTP/1.1, strictly, one request after the other."""
+class Connection(asyncio.Protocol):
+    """One client's connection: HTTP/1.1, strictly, one request after the other.
+
+    The loop calls when something happens, a task reads and answers. It waits in one place, `_until`.
+    """
 
     REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/1\.([01])")
     HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
     ONCE = ("content-length", "transfer-encoding", "host", "authorization", "content-type")
-    GONE = (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError)
+    GONE = (OSError, asyncio.TimeoutError)
 
-    def __init__(self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
-        self.server, self.reader, self.writer = server, reader, writer
+    def __init__(self, server: Server):
+        self.server, self.received = server, bytearray()
+        self.has_left = self.is_lost = False  # it sends no more; it can not be written to either
+        self.is_full = self.is_watched = self.is_late = False
         self.keep_alive = self.is_idle = True
         self.is_head = self.is_http10 = self.is_streaming = self.is_unread = False
+        self._change = server.loop.create_future()  # what the task waits for
 
-    async def run(self, is_surplus: bool = False) -> None:
+    # ---- what the loop calls ----
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        is_surplus = len(self.server.connections) >= self.server.max_connections
+        self.transport, self.task = transport, self.server.loop.create_task(self.run(is_surplus))
+        if not is_surplus:
+            self.server.connections[self.task] = self
+
+    def data_received(self, data: bytes) -> None:
+        if self.is_watched:
+            self.keep_alive, self.is_unread = False, True
+            return
+        self.received += data
+        if len(self.received) > MAX_HEAD + self.server.max_body:  # enough to answer something
+            self.transport.pause_reading()
+        self._wake()
+
+    def eof_received(self) -> bool:
+        self.has_left = True
+        if self.is_watched:
+            self.task.cancel()
+        self._wake()
+        return True  # it may still read
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.is_lost, self.is_full = True, False
+        self.eof_received()
+
+    def pause_writing(self) -> None:
+        self.is_full = True
+
+    def resume_writing(self) -> None:
+        self.is_full = False
+        self._wake()
+
+    def _wake(self, is_late=False):
+        self.is_late |= is_late
+        if not self._change.done():
+            self._change.set_result(None)
+
+    # ---- the task ----
+
+    async def run(self, is_surplus: bool) -> None:
         """Answer requests until either side has had enough."""
         try:
             if is_surplus:
@@ -2588,10 +2659,11 @@ class Connection:
                 await self._send_error(HTTPError(503, "there are too many connections", Retry_After="1"))
             while self.keep_alive:
                 self.is_idle = True
-                first = await self._within(self.reader.readexactly(1))
+                self.transport.resume_reading()
+                await self._until(lambda: self.received or self.has_left)
                 self.is_idle = False
                 try:
-                    await self._answer(first)
+                    await self._answer()
                 except HTTPError as error:
                     await self._send_error(error)
                 except self.GONE:
@@ -2601,23 +2673,35 @@ class Connection:
                     await self._send_error(HTTPError(500, "the server failed; its log says how"))
             if self.is_unread:
                 await self._linger()
-            self.writer.close()
-            await self._within(self.writer.wait_closed())
+            self.transport.close()
+            await self._until(lambda: self.is_lost)
         except (*self.GONE, asyncio.CancelledError):
             pass  # the client has left or sleeps, or the server stops
         finally:
-            self.writer.transport.abort()
+            self.transport.abort()
+            self.server.connections.pop(self.task, None)
+
+    async def _until(self, condition, seconds=math.inf):
+        """Wait for what the loop's calls bring about. asyncio.TimeoutError if it does not come in time."""
+        if condition():
+            return
+        self.is_late = False
+        timer = self.server.loop.call_later(min(seconds, self.server.timeout), self._wake, True)
+        try:
+            while not condition():
+                if self.is_late:
+                    raise asyncio.TimeoutError
+                self._change = self.server.loop.create_future()
+                await self._change
+        finally:
+            timer.cancel()
 
     async def send(self, data: bytes) -> None:
         """Write, and wait as long as the client has much to read. One that reads nothing at all is given up."""
-        self.writer.write(data)
-        if not self.writer.transport.get_write_buffer_size():  # the system has taken it all, as it nearly always does
-            return
-        timer = asyncio.get_running_loop().call_later(self.server.timeout, self.writer.transport.abort)
-        try:
-            await self.writer.drain()  # not in a wait_for: before Python 3.12 that can lose a cancellation
-        finally:
-            timer.cancel()
+        if self.is_lost:
+            raise ConnectionResetError
+        self.transport.write(data)
+        await self._until(lambda: not self.is_full)
 
     async def respond(self, status: int, content: dict | str, **headers: str) -> None:
         """A whole answer: an object as JSON, a text as it is."""
@@ -2626,44 +2710,40 @@ class Connection:
         head = self._head(status, {"Content-Type": kind, "Content-Length": str(len(body)), **headers})
         await self.send(head + (b"" if self.is_head else body))
 
-    async def send_events(self, events: Iterable[dict | bytes]) -> None:
-        """Server-sent events, objects or their JSON; the first call begins the stream."""
+    async def send_events(self, events: Iterable[dict | bytes], are_last: bool = False) -> None:
+        """Server-sent events, objects or their JSON. The first call begins the stream; the last adds the mark that it is
+        whole.
+        """
         data = b"".join(b"data: %s\n\n" % (event if isinstance(event, bytes) else to_json(event)) for event in events)
-        head = b""
+        if are_last:
+            data += b"data: [DONE]\n\n"
+        if data and not self.is_http10:
+            data = b"%x\r\n%s\r\n%s" % (len(data), data, b"0\r\n\r\n" if are_last else b"")
         if not self.is_streaming:
-            self.is_streaming = True
             headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-            head = self._head(200, headers if self.is_http10 else {**headers, "Transfer-Encoding": "chunked"})
-        if head or data:
-            await self.send(head + self._coded(data))
+            data = self._head(200, headers if self.is_http10 else {**headers, "Transfer-Encoding": "chunked"}) + data
+        self.is_streaming = not are_last
+        if data:
+            await self.send(data)
 
-    async def end_events(self) -> None:
-        """The mark that the stream is whole."""
-        self.is_streaming = False
-        await self.send(self._coded(b"data: [DONE]\n\n") + (b"" if self.is_http10 else b"0\r\n\r\n"))
-
-    @contextlib.asynccontextmanager
-    async def watched(self):
+    @contextlib.contextmanager
+    def watched(self):
         """Within this, the client's leaving cancels the task. One that sends ahead of the answer is heard no further."""
-        task = asyncio.current_task()
-
-        async def watch():
-            with contextlib.suppress(OSError):
-                while await self.reader.read(MAX_HEAD):
-                    self.keep_alive, self.is_unread = False, True
-            task.cancel()
-
-        watcher = asyncio.create_task(watch())
+        early, self.received, self.is_watched = self.received, bytearray(), True
+        if early:
+            self.data_received(early)
+            self.transport.resume_reading()
+        if self.has_left:
+            self.task.cancel()
         try:
             yield
         finally:
-            watcher.cancel()
-            await asyncio.wait([watcher])  # two must not read at once
+            self.is_watched = False
 
-    async def _answer(self, first):
+    async def _answer(self):
         """Read one request and have it answered. What is wrong with its head is said before its body is read."""
         self.is_unread, self.is_head = True, False
-        method, path, headers = self._parse_head(await self._read_head(first))
+        method, path, headers = self._parse_head(await self._read_head())
         length = headers.get("content-length", "" if method == "POST" else "0")
         self.is_unread = length != "0" or "transfer-encoding" in headers
         parse, handler = self.server.route(method, path, headers)
@@ -2677,24 +2757,32 @@ class Connection:
             raise HTTPError(415, "Content-Type: must be application/json")
         if headers.get("expect", "").lower() == "100-continue":
             await self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        try:
-            body = await self._within(self.reader.readexactly(int(length)))
-        except asyncio.TimeoutError:
-            raise HTTPError(408, f"body: did not arrive within {self.server.timeout:g} seconds") from None
+        await self._arrives("body", lambda: len(self.received) >= int(length))
+        body = self._take(int(length))
         self.is_unread = False
         if parse:
             await handler(self, await self.server.read(lambda: parse(parse_json(body)), is_short=len(body) < SHORT_BODY))
         else:
             await handler(self)
 
-    async def _read_head(self, first) -> str:
+    async def _read_head(self) -> str:
+        await self._arrives("headers", lambda: b"\r\n\r\n" in self.received or len(self.received) > MAX_HEAD)
+        if not 0 <= (length := self.received.find(b"\r\n\r\n")) <= MAX_HEAD:
+            raise HTTPError(431, f"headers: are longer than {MAX_HEAD} bytes")
+        return self._take(length + 4)[:-4].decode("latin-1")
+
+    async def _arrives(self, what, condition):
         try:
-            head = await self._within(self.reader.readuntil(b"\r\n\r\n"))
-        except asyncio.LimitOverrunError:
-            raise HTTPError(431, f"headers: are longer than {MAX_HEAD} bytes") from None
+            await self._until(lambda: condition() or self.has_left)
         except asyncio.TimeoutError:
-            raise HTTPError(408, f"headers: did not arrive within {self.server.timeout:g} seconds") from None
-        return (first + head[:-4]).decode("latin-1")
+            raise HTTPError(408, f"{what}: did not arrive within {self.server.timeout:g} seconds") from None
+        if not condition():
+            raise ConnectionResetError
+
+    def _take(self, length) -> bytes:
+        data = bytes(self.received[:length])
+        del self.received[:length]
+        return data
 
     def _parse_head(self, head) -> tuple[str, str, dict[str, str]]:
         """Method, path and headers, with names in lower case. What two parsers might read differently is refused."""
@@ -2729,19 +2817,9 @@ class Connection:
 
     async def _linger(self):
         """Read on for a second: closing on unread bytes resets the connection, and takes the answer along."""
-        self.writer.write_eof()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._discard(), min(1.0, self.server.timeout))
-
-    async def _discard(self):
-        while await self.reader.read(MAX_HEAD):
-            pass
-
-    def _within(self, awaitable):
-        return asyncio.wait_for(awaitable, self.server.timeout)
-
-    def _coded(self, data):
-        return data if self.is_http10 or not data else b"%x\r\n%s\r\n" % (len(data), data)
+        self.transport.write_eof()
+        with contextlib.suppress(asyncio.TimeoutError), self.watched():
+            await self._until(lambda: self.has_left, 1.0)
 
     def _head(self, status, headers) -> bytes:
         self.keep_alive = self.keep_alive and not self.server.is_stopping
@@ -2752,9 +2830,12 @@ class Connection:
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
+_JSON = json.JSONEncoder(separators=(",", ":"))
+
+
 def to_json(value) -> bytes:
     """Compact JSON in ASCII."""
-    return json.dumps(value, separators=(",", ":")).encode()
+    return _JSON.encode(value).encode()
 
 
 def open_files() -> float:
@@ -2816,7 +2897,7 @@ class Server(contextlib.AbstractContextManager):
         """Refuse what is new, let what runs finish within so many seconds, abort the rest, and stop."""
         if self._thread.is_alive():
             self.drain_seconds = drain_seconds
-            self._loop.call_soon_threadsafe(self._closing.set)
+            self.loop.call_soon_threadsafe(self._closing.set)
             self._thread.join()
 
     def __exit__(self, *_) -> None:
@@ -2825,14 +2906,14 @@ class Server(contextlib.AbstractContextManager):
     # ---- from start to stop ----
 
     async def _main(self, host, port, started):
-        self._loop, self._closing, self._idle = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+        self.loop, self._closing, self._idle = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
         self._idle.set()
         try:
-            listener = await asyncio.start_server(self._accept, host, port, limit=MAX_HEAD, backlog=1024)
+            listener = await self.loop.create_server(lambda: Connection(self), host, port, backlog=1024)
         except Exception as error:  # of many kinds, and `started` must be told
             started.set_exception(ValueError(f"serve: can not listen at {host}:{port}: {error}"))
             return
-        self.engine = EngineThread(self.llm, self._loop, lambda: self.events.put("fatal"))
+        self.engine = EngineThread(self.llm, self.loop, lambda: self.events.put("fatal"))
         self._text_threads = concurrent.futures.ThreadPoolExecutor(2, "nanoserve text")
         self.engine.start()
         address, number = listener.sockets[0].getsockname()[:2]
@@ -2847,7 +2928,7 @@ class Server(contextlib.AbstractContextManager):
         await self._ask(lambda: self.engine.end("the server is stopping"))
         await self._hang_up()
         self.engine.commands.put(None)
-        await self._loop.run_in_executor(None, self.engine.join)
+        await self.loop.run_in_executor(None, self.engine.join)
         self._text_threads.shutdown(wait=False)
 
     async def _hang_up(self):
@@ -2860,16 +2941,6 @@ class Server(contextlib.AbstractContextManager):
         for task in self.connections:
             task.cancel()
         await asyncio.gather(*self.connections, return_exceptions=True)
-
-    async def _accept(self, reader, writer):
-        connection, task = Connection(self, reader, writer), asyncio.current_task()
-        if len(self.connections) >= self.max_connections:
-            return await connection.run(is_surplus=True)
-        self.connections[task] = connection
-        try:
-            await connection.run()
-        finally:
-            del self.connections[task]
 
     def route(self, method: str, path: str, headers: dict[str, str]) -> tuple[Callable | None, Callable]:
         """What reads and what answers a request that may be made. Only /health and the page itself are for everybody."""
@@ -2891,7 +2962,7 @@ class Server(contextlib.AbstractContextManager):
         Whatever a client can get wrong is found out in here. A ValueError anywhere else is the server's own.
         """
         try:
-            return function(*args) if is_short else await self._loop.run_in_executor(self._text_threads, function, *args)
+            return function(*args) if is_short else await self.loop.run_in_executor(self._text_threads, function, *args)
         except ValueError as error:
             raise HTTPError.refusal(error) from None
         except RecursionError:  # in reading or in quoting it
@@ -2911,22 +2982,20 @@ class Server(contextlib.AbstractContextManager):
 
     async def _complete(self, connection, job):
         with self._admitted(job):
-            async with connection.watched():
+            with connection.watched():
                 await self.read(job.tokenize, self.llm, is_short=job.is_short)
                 self.engine.commands.put(lambda: self.engine.add(job))
-                updates = await job.take()  # nothing is sent before the engine has accepted it
+                updates = await job.take()  # until then an error has a status of its own
                 answer = Answer(job, self.model_name, self.llm.tokenizer)
                 if job.stream:
-                    await connection.send_events(answer.opening())
-                    await connection.send_events(answer.chunks(updates))
+                    events = answer.opening() + answer.chunks(updates)
                     while not answer.is_finished:
-                        await connection.send_events(answer.chunks(await job.take()))
+                        await connection.send_events(events)
+                        events = answer.chunks(await job.take())
                 while not job.stream and len(updates) < job.num_samples:
                     updates += await job.take()
             if job.stream:
-                if job.include_usage:
-                    await connection.send_events([{**answer.frame, "choices": [], "usage": answer.usage()}])
-                await connection.end_events()
+                await connection.send_events(events, are_last=True)
             else:
                 await connection.respond(200, answer.whole(updates))
 
@@ -2965,7 +3034,7 @@ class Server(contextlib.AbstractContextManager):
         return source
 
     async def _tokenize(self, connection, source):
-        async with connection.watched():
+        with connection.watched():
             tokens = await self.read(encode, self.llm.tokenizer, source)
         await connection.respond(200, {"tokens": tokens, "count": len(tokens), "max_model_len": self.llm.max_model_len})
 
@@ -2978,7 +3047,7 @@ class Server(contextlib.AbstractContextManager):
         return tokens
 
     async def _detokenize(self, connection, tokens):
-        async with connection.watched():
+        with connection.watched():
             text = await self.read(self.llm.tokenizer.decode, tokens, False)
         await connection.respond(200, {"prompt": text})
 
@@ -3030,7 +3099,7 @@ class Server(contextlib.AbstractContextManager):
     async def _events(self, connection):
         """What the engine does, for as long as the client stays: never a text of anybody's, always the latest state."""
         seen, scheduler = b"", self.llm.scheduler
-        async with connection.watched():
+        with connection.watched():
             await connection.send_events([{
                 "model": self.model_name, "about": self.llm.describe(), "num_blocks": self.llm.pool.num_blocks,
                 "block_size": self.llm.pool.block_size, "max_batch_tokens": scheduler.max_batch_tokens,
@@ -3043,13 +3112,13 @@ class Server(contextlib.AbstractContextManager):
                 if self._event is not seen:
                     seen = self._event
                     await connection.send_events([seen])
-        await connection.end_events()
+        await connection.send_events((), are_last=True)
 
     async def _look(self):
         """Make the next event, soon enough for LOOKS_A_SECOND and late enough to take LOOKS_SHARE of the time at most."""
-        await asyncio.sleep(self._next_look - self._loop.time())
+        await asyncio.sleep(self._next_look - self.loop.time())
         state, seconds = await self._ask(self.engine.look)
-        started, now = time.thread_time(), self._loop.time()
+        started, now = time.thread_time(), self.loop.time()
         if state != self._shown or now >= self._next_beat:  # when nothing happens, once a second says that we are there
             self._event, self._shown, self._next_beat = to_json({"ms": int(now * 1000), **state}), state, now + 1
         seconds += time.thread_time() - started

@@ -357,11 +357,17 @@ class Scheduler:
         return self.first_waiting(self.num_waiting)
 
     def first_waiting(self, n: int) -> list[Request]:
-        """The n most urgent of them, without sorting all."""
+        """The n most urgent of them, without sorting all: nobody in a heap comes before who is above."""
         first: list[Request] = []
         for *_, lane in sorted((self.policy.level(lane), opened, lane) for _, opened, lane in self._heads):
-            entries = (entry for entry in self._lanes[lane] if entry[1].status == WAITING)
-            first += [request for _, request in heapq.nsmallest(n - len(first), entries)]
+            heap = self._lanes[lane]
+            reached = [(entry, 0) for entry in heap[:1]]  # each with its place in the heap
+            while reached and len(first) < n:
+                (_, request), i = heapq.heappop(reached)
+                if request.status == WAITING:
+                    first.append(request)
+                for below in range(2 * i + 1, min(2 * i + 3, len(heap))):
+                    heapq.heappush(reached, (heap[below], below))
         return first
 
     def schedule(self) -> list[tuple[Request, int]]:

@@ -107,10 +107,10 @@ async def fetch(port: int, path: str) -> dict:
 
 def events(received: bytes) -> tuple[str, str | None, bool]:
     """(text, finish reason, whether the stream came to its end) of a streamed completion."""
-    lines = [line[6:] for line in received.split(b"\n") if line.startswith(b"data: ")]
-    chunks = [json.loads(line)["choices"][0] for line in lines if line != b"[DONE]"]
+    lines = [line[6:] for line in received.decode().split("\n") if line.startswith("data: ")]
+    chunks = [json.loads(line)["choices"][0] for line in lines if line != "[DONE]"]
     return ("".join(chunk["text"] for chunk in chunks), chunks[-1]["finish_reason"] if chunks else None,
-            bool(lines) and lines[-1] == b"[DONE]")
+            bool(lines) and lines[-1] == "[DONE]")
 
 
 def workload(count: int, rng: random.Random) -> list[dict]:
@@ -208,33 +208,33 @@ async def fuzz(server: Process, count: int, clients: int, rng: random.Random) ->
 async def throughput(server: Process, llm: LLM, outputs: tuple[int, int], rng: random.Random) -> tuple[float, float]:
     """Tokens a second of the same requests, (64 clients over HTTP, the engine alone in this process); medians of three.
 
-    Each client keeps its connection, as OpenAI's do. outputs: the shortest and the longest answer, in tokens.
+    Each client keeps its connection, as OpenAI's do, and reads every event. The engine alone is not even asked for texts
+    while it is timed. outputs: the shortest and the longest answer, in tokens.
     """
     work = [{**body, "max_tokens": rng.randint(*outputs), "ignore_eos": True} for body in workload(256, rng)]
     params = [SamplingParams(temperature=0, max_tokens=body["max_tokens"], ignore_eos=True) for body in work]
-    tokens, over_http, alone = sum(body["max_tokens"] for body in work), [], []
+    tokens, over_http, alone, texts = sum(body["max_tokens"] for body in work), [], [], {}
 
     async def client(left):
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        for body in left:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1 << 20)
+        for i, body in left:
             writer.write(http("POST", "/v1/completions", json.dumps(body).encode(), connection="keep-alive"))
-            received = b""
-            while not received.endswith(b"\r\n0\r\n\r\n"):
-                received += await asyncio.wait_for(reader.read(65536), PATIENCE)
-            assert received.startswith(b"HTTP/1.1 200 ") and events(received)[2]
+            received = await reader.readuntil(b"\r\n0\r\n\r\n")
+            texts[i], _, is_whole = events(received)
+            assert received.startswith(b"HTTP/1.1 200 ") and is_whole
         writer.close()
 
     for _ in range(3):
-        start, left = time.perf_counter(), iter(work)
-        await asyncio.gather(*(client(left) for _ in range(64)))
+        start, left = time.perf_counter(), enumerate(work)
+        await asyncio.wait_for(asyncio.gather(*(client(left) for _ in range(64))), PATIENCE)
         over_http.append(tokens / (time.perf_counter() - start))
-        start, queued = time.perf_counter(), 0
-        while queued < len(work) or llm.has_work():  # 64 at once here as well
-            while queued < len(work) and llm.scheduler.num_waiting + len(llm.scheduler.running) < 64:
-                llm.add_request(work[queued]["prompt"], params[queued])
-                queued += 1
+        start, requests = time.perf_counter(), []
+        while len(requests) < len(work) or llm.has_work():  # 64 at once here as well
+            while len(requests) < len(work) and llm.scheduler.num_waiting + len(llm.scheduler.running) < 64:
+                requests.append(llm.add_request(work[len(requests)]["prompt"], params[len(requests)]))
             llm.step()
         alone.append(tokens / (time.perf_counter() - start))
+        assert all(texts[i] == llm.text(request) for i, request in enumerate(requests))
     return float(np.median(over_http)), float(np.median(alone))
 
 
@@ -251,6 +251,49 @@ async def steady(server: Process, rate: float, count: int, rng: random.Random) -
         await asyncio.sleep(rng.expovariate(rate))
     await asyncio.gather(*tasks)
     return tuple(np.percentile([seconds for seconds in times if seconds is not None], (50, 99)))
+
+
+async def watching(pairs: int) -> tuple[float, float]:
+    """(what share of the throughput an open page takes, how many states a second it gets), while 64 requests run and 500
+    wait. A second with a page and one without take turns: the median of so many pairs.
+    """
+    server = Process("--kv-memory", "64MiB", "--max-batch-requests", "64")
+    rng, shares, states = random.Random(0), [], 0
+
+    async def client():  # is never without a request
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        while True:
+            body = {"prompt": [5, 6], "max_tokens": rng.randint(32, 96), "temperature": 0, "ignore_eos": True}
+            writer.write(http("POST", "/v1/completions", json.dumps(body).encode(), connection="keep-alive"))
+            await reader.readuntil(b"}}")  # usage, the last field
+
+    async def second(is_watched: bool) -> float:
+        nonlocal states
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1 << 20)
+        if is_watched:
+            writer.write(http("GET", "/events"))
+            await reader.readuntil(b'"num_waiting"')
+        start, before = time.perf_counter(), (await fetch(server.port, "/stats"))["output_tokens"]
+        await asyncio.sleep(1)
+        after, seconds = (await fetch(server.port, "/stats"))["output_tokens"], time.perf_counter() - start
+        writer.write_eof()
+        states += (await reader.read()).count(b'"num_waiting"')
+        writer.close()
+        return (after - before) / seconds
+
+    clients = [asyncio.create_task(client()) for _ in range(564)]
+    try:
+        while (await fetch(server.port, "/stats"))["waiting"] < 500:
+            await asyncio.sleep(0.1)
+        for pair in range(pairs):
+            rates = {is_watched: await second(is_watched) for is_watched in (pair % 2 == 0, pair % 2 == 1)}
+            shares.append(1 - rates[True] / rates[False])
+    finally:
+        for task in clients:
+            task.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
+        server.end(signal.SIGKILL)
+    return float(np.median(shares)), states / pairs
 
 
 async def programme(args: argparse.Namespace) -> int:
@@ -280,6 +323,9 @@ async def programme(args: argparse.Namespace) -> int:
             p50, p99 = await steady(server, over_http / 48 / 2, 300, rng)
             promise("at half the load, p99 of the TTFT is at most 4 times p50", p99 <= 4 * p50,
                     f"{p50 * 1e3:.1f} and {p99 * 1e3:.1f} ms")
+            share, rate = await watching(15)
+            promise("with 500 waiting, a page takes less than 2 % of the throughput", share < 0.02,
+                    f"{share:.1%}, with {rate:.1f} states a second")
         surprises = sum("Traceback" in line for line in server.log)
         promise("failures inside the server", surprises == 0, surprises)
         server.end(signal.SIGKILL)
