@@ -41,6 +41,7 @@ import torch
 import torch.nn.functional as F
 
 use_cpp = True  # False: no C++ bodies on the CPU
+use_tiles = True  # False: attention on a GPU is one kernel, that for few queries, whatever their number
 cuda_on_cpu = None  # tutorial/cuda_on_cpu.py sets this, and the CUDA bodies then run on the CPU's tensors
 
 
@@ -488,24 +489,36 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
 def _paged_attention_cuda(cuda, q, k_cache, v_cache, k_scales, v_scales, block_tables, context_lens, query_start, scale,
                           window):
     (T, heads, head_dim), (B, M), (block_size, kv_heads) = q.shape, block_tables.shape, k_cache.shape[1:3]
-    group = heads // kv_heads
+    group, out = heads // kv_heads, q.new_empty(T, heads, head_dim)
+    # Requests with more queries than one tile of `tiled_attention` holds are left to that. With fewer, one block for each kv
+    # head would go through all keys, where splits keep the whole GPU busy. Who has how many only the device knows, so both
+    # kernels look, and skip whom the other takes; from shapes alone follows how many queries a request has at most.
+    most, rows = T - B + 1, 128 if head_dim <= 128 else 64
+    few = max(1, rows // group)
+    if use_tiles and most > few and q.element_size() == 2 and k_scales is None and head_dim <= 256 and scale > 0:
+        tiles = T * group // rows + min(B, (T - B) // few)
+        cuda("tiled_attention", (tiles, kv_heads), 128, q, k_cache, v_cache, block_tables, context_lens, query_start, out,
+             B, M, block_size, few, heads, kv_heads, q.stride(0), window, float(scale), D=head_dim, ROWS=rows,
+             SHARED=(rows + 2 * 64) * (head_dim + 8) * 2)
+        if B == 1:
+            return out
+        most = few
     # More than 8 rows at a time where there are more, and where the registers hold their sums.
     R = 16 if (T > B or group > 8) and q.element_size() == 2 and head_dim <= 128 else 8
     decode = T == B and group <= R
-    tiles = B if decode else T * group // R + B
+    tiles = min(T * group // R + B, B * -(-most * group // R))
     # So many blocks that a last round with few of them does not matter, but no split of fewer than 256 keys, or adding up
     # would cost more than it gains. From shapes alone, so that a captured graph can be replayed.
     splits = max(1, min(16 * cuda.num_sms // max(1, tiles * kv_heads), M * block_size // 256))
-    out = q.new_empty(T, heads, head_dim)
-    sums = stats = None
+    sums, stats, slots = None, None, min(T, B * most)
     if splits > 1:
-        sums, stats = (q.new_empty(splits, T, heads, n, dtype=torch.float32) for n in (head_dim, 2))
+        sums, stats = (q.new_empty(splits, slots, heads, n, dtype=torch.float32) for n in (head_dim, 2))
     constants = {"D": head_dim, "R": R, "DECODE": int(decode), "INT8": int(k_scales is not None)}
     cuda("paged_attention", (tiles, kv_heads, splits), 128, q, k_cache, v_cache, k_scales, v_scales, block_tables,
-         context_lens, query_start, out, sums, stats, B, M, block_size, T, heads, kv_heads, q.stride(0), window,
+         context_lens, query_start, out, sums, stats, B, M, block_size, most, slots, heads, kv_heads, q.stride(0), window,
          float(scale), **constants)
     if splits > 1:
-        cuda("combine_splits", (T * heads,), 256, sums, stats, out, T * heads, splits, **constants)
+        cuda("combine_splits", (slots * heads,), 256, sums, stats, query_start, out, B, most, heads, splits, **constants)
     return out
 
 
@@ -1443,7 +1456,7 @@ class CudaKernels:
         """Launch kernel `name` on the current stream, over grid (x, y, z) of blocks of `block` threads.
 
         A tensor is passed as a pointer, None as a null pointer, an int as int, a float as float; `constants` are the
-        numbers that its source leaves open.
+        numbers that its source leaves open; one of them, SHARED, is the bytes of shared memory of its DYNAMIC_SHARED.
         """
         if not all(grid):  # no rows, no work; CUDA would call it an invalid value
             return
@@ -1454,15 +1467,19 @@ class CudaKernels:
         try:
             if key not in self.loaded:
                 self.loaded[key] = self._load(name, constants)
-            self._check(self.driver.cuLaunchKernel(self.loaded[key], *grid, *(1,) * (3 - len(grid)), block, 1, 1, 0, stream,
-                                                   ctypes.addressof(pointers), 0))
+            self._check(self.driver.cuLaunchKernel(self.loaded[key], *grid, *(1,) * (3 - len(grid)), block, 1, 1,
+                                                   constants.get("SHARED", 0), stream, ctypes.addressof(pointers), 0))
         finally:
             self._check(self.driver.cuCtxPopCurrent())
 
     def _load(self, name, constants):
         code = nvrtc_compile(cuda_source(name, self.element, **constants), self.arch)
         module = self._check(self.driver.cuModuleLoadData(code))
-        return self._check(self.driver.cuModuleGetFunction(module, name.encode()))
+        function = self._check(self.driver.cuModuleGetFunction(module, name.encode()))
+        if "SHARED" in constants:
+            most = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._check(self.driver.cuFuncSetAttribute(function, most, constants["SHARED"]))
+        return function
 
     def _check(self, result):
         error, *values = result
@@ -1591,6 +1608,33 @@ __device__ unsigned fma_fp16x2(unsigned a, unsigned b, unsigned c) {
 __device__ unsigned and_xor(unsigned a, unsigned b, unsigned c) {
     unsigned d; asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); return d;
 }
+// Two floats as a pair of 16-bit numbers, x in the lower half.
+__device__ unsigned pair_of_bf16(float x, float y) {
+    unsigned d; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(y), "f"(x)); return d;
+}
+__device__ unsigned pair_of_fp16(float x, float y) {
+    unsigned d; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(y), "f"(x)); return d;
+}
+// 2^x in one instruction; 0 for what exp2f would take four to make subnormal.
+__device__ float power_of_2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+// 16 bytes from global to shared memory, while the thread goes on; they are there once it has waited.
+__device__ void copy_async(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+__device__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Four 8 x 8 matrices of 16-bit entries from shared memory: lane i says where row i % 8 of matrix i / 8 begins, and lane
+// 4g + c gets (g; 2c, 2c+1) of each matrix; transposed: (2c, 2c+1; g).
+#define LOAD_MATRICES(NAME, KIND)                                                                                     \
+    __device__ void NAME(unsigned (&x)[4], const void* row) {                                                         \
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4" KIND ".shared.b16 {%0, %1, %2, %3}, [%4];"                       \
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])                                                 \
+                     : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");                                      \
+    }
+LOAD_MATRICES(load_matrices, "")
+LOAD_MATRICES(load_transposed, ".trans")
+// Shared memory of as many bytes as the launch says, the constant SHARED: beyond 48 KB there is no other way.
+#define DYNAMIC_SHARED(NAME) extern __shared__ __align__(16) char NAME[]
 // An 8 x 8 matrix of 16-bit entries, of which lane 4g + c holds (g; 2c, 2c+1), transposed.
 __device__ unsigned transpose_8x8(unsigned pair) {
     unsigned out; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair)); return out;
@@ -1624,9 +1668,19 @@ __device__ float warp_sum(float x) {
     return x;
 }
 
+// Whom a number belongs to, where those of request b begin at first(b): the last request that begins there or before.
+template <class First> __device__ int owner(int number, int B, First first) {
+    int low = 0, high = B - 1;
+    while (low < high) {
+        int middle = (low + high + 1) / 2;
+        if (first(middle) <= number) low = middle; else high = middle - 1;
+    }
+    return low;
+}
+
 // Two 16-bit numbers in a register, as the matrix instruction takes them, and the instruction for either kind.
-__device__ unsigned make_pair(bf16, float x, float y) { return float_to_bfloat(x) | (unsigned)float_to_bfloat(y) << 16; }
-__device__ unsigned make_pair(fp16, float x, float y) { return float_to_half(x) | (unsigned)float_to_half(y) << 16; }
+__device__ unsigned make_pair(bf16, float x, float y) { return pair_of_bf16(x, y); }
+__device__ unsigned make_pair(fp16, float x, float y) { return pair_of_fp16(x, y); }
 __device__ void mma(bf16, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { mma_bf16(d, a, b); }
 __device__ void mma(fp16, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { mma_fp16(d, a, b); }
 
@@ -1771,6 +1825,7 @@ extern "C" __global__ void rope_and_write_kv(T* qkv, const long long* positions,
 
 CUDA["paged_attention"] = r"""
 // Attention over the paged cache, for any mix of query lengths: split-KV with matrix instructions (FlashDecoding's scheme).
+// Requests with more than `most` queries are left out, for `tiled_attention`.
 //
 // Grid (tile, kv head, split). A tile is up to R rows of one request; a row is a (query, head) pair, and all heads that
 // share the kv head are rows of the same tile, so K and V are read once for all of them. The keys that a tile sees are
@@ -1863,33 +1918,28 @@ constexpr int KP = KeyShare::P, VP = ValueShare::P;
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 paged_attention(const T* q, const void* k_cache, const void* v_cache, const bf16* k_scales, const bf16* v_scales,
                 const int* block_tables, const int* context_lens, const int* query_start, T* out, float* sums,
-                float2* stats, int B, int M, int block_size, int tokens, int heads, int kv_heads, int q_stride, int window,
-                float scale) {
+                float2* stats, int B, int M, int block_size, int most, int slots, int heads, int kv_heads, int q_stride,
+                int window, float scale) {
     constexpr int ENTRY = INT8 ? 1 : sizeof(T);  // bytes in the cache
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
     const int group = heads / kv_heads, kv_head = blockIdx.y, split = blockIdx.z, splits = gridDim.z;
 
-    // The tiles of request b are numbered from query_start[b] * group / R + b: enough numbers for each, nothing to add up.
-    int b = blockIdx.x, row0 = 0;
-    if (!DECODE) {
-        int high = B - 1;
-        for (b = 0; b < high;) {
-            int middle = (b + high + 1) / 2;
-            if (query_start[middle] * group / R + middle <= (int)blockIdx.x) b = middle; else high = middle - 1;
-        }
-        row0 = ((int)blockIdx.x - query_start[b] * group / R - b) * R;
-    }
+    // The tiles of request b are numbered from here: enough numbers for each, and nothing to add up.
+    auto first_tile = [&](int b) { return min(query_start[b] * group / R + b, b * ((most * group + R - 1) / R)); };
+    const int b = DECODE ? blockIdx.x : owner(blockIdx.x, B, first_tile);
+    const int row0 = DECODE ? 0 : ((int)blockIdx.x - first_tile(b)) * R;
     const int start = query_start[b], n = query_start[b + 1] - start, rows = min(R, n * group - row0);
-    if (rows <= 0) return;
-    auto output_row = [&](int row) {  // of a tile's row: token * heads + head
+    if (rows <= 0 || n > most) return;
+    auto output_row = [&](int row, int start) {  // of a tile's row: token * heads + head, if the first token is `start`
         return (long long)(start + (row0 + row) / group) * heads + kv_head * group + (row0 + row) % group;
     };
+    auto place = [&](int row) { return (long long)split * slots * heads + output_row(row, min(start, b * most)); };
     const int position0 = context_lens[b] - n + row0 / group;  // of the tile's first query
     const int first = window ? max(0, position0 - window + 1) : 0, end = context_lens[b] - n + (row0 + rows - 1) / group + 1;
     const int share = ((end - first - 1) / splits / 16 + 1) * 16, from = first + split * share, to = min(end, from + share);
     if (from >= to) {
         if ((int)threadIdx.x < rows)
-            stats[(long long)split * tokens * heads + output_row(threadIdx.x)] = make_float2(-INFINITY, 0);
+            stats[place(threadIdx.x)] = make_float2(-INFINITY, 0);
         return;
     }
 
@@ -2003,21 +2053,28 @@ paged_attention(const T* q, const void* k_cache, const void* v_cache, const bf16
         for (int w = 0; w < WARPS; w++)  // a total without a largest score is 0, or NaN, which has to show
             l += row_total[w][row] * (row_top[w][row] == -INFINITY ? 1 : exp2f(row_top[w][row] - m));
         if (splits == 1) {
-            put(&out[output_row(row) * D + d], row_out[row][d] / l);
+            put(&out[output_row(row, start) * D + d], row_out[row][d] / l);
         } else {
-            long long place = (long long)split * tokens * heads + output_row(row);
-            sums[place * D + d] = row_out[row][d];
-            if (d == 0) stats[place] = make_float2(m, l);
+            sums[place(row) * D + d] = row_out[row][d];
+            if (d == 0) stats[place(row)] = make_float2(m, l);
         }
     }
 }
 
-// Adds up the splits. Grid (row) of 8 warps, a row being a (token, head): each warp takes every eighth split, because one
-// after the other they would all wait for memory.
-extern "C" __global__ void combine_splits(const float* sums, const float2* stats, T* out, int rows, int splits) {
+// Adds up the splits. Grid (row) of 8 warps, a row being a (token, head), of requests with at most `most` tokens: each warp
+// takes every eighth split, because one after the other they would all wait for memory.
+extern "C" __global__ void combine_splits(const float* sums, const float2* stats, const int* query_start, T* out, int B,
+                                          int most, int heads, int splits) {
     constexpr int ADDERS = 8;
     __shared__ float warp_out[ADDERS][D], warp_total[ADDERS];
-    const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int row = blockIdx.x, rows = gridDim.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int to = row;
+    if (!DECODE) {
+        auto first_slot = [&](int b) { return min(query_start[b], b * most); };
+        const int b = owner(row / heads, B, first_slot), n = query_start[b + 1] - query_start[b];
+        if (n > most || row / heads - first_slot(b) >= n) return;
+        to += (query_start[b] - first_slot(b)) * heads;
+    }
     float m = -INFINITY, l = 0, acc[(D + 31) / 32] = {};
     for (int s = lane; s < splits; s += 32) m = fmaxf(m, stats[(long long)s * rows + row].x);
     for (int i = 16; i; i /= 2) m = fmaxf(m, __shfl_xor_sync(ALL, m, i));
@@ -2034,8 +2091,167 @@ extern "C" __global__ void combine_splits(const float* sums, const float2* stats
     for (int d = threadIdx.x; d < D; d += 32 * ADDERS) {
         float sum = 0, total = 0;
         for (int w = 0; w < ADDERS; w++) sum += warp_out[w][d], total += warp_total[w];
-        put(&out[(long long)row * D + d], sum / total);
+        put(&out[(long long)to * D + d], sum / total);
     }
+}
+"""
+
+CUDA["tiled_attention"] = r"""
+// Attention over the paged cache for requests with many queries, more than `few`: FlashAttention-2's scheme
+// (arXiv:2307.08691). The others are left to `paged_attention`, and so are a float or int8 cache: floats have no matrix
+// instruction that keeps their bits, and int8 would have to be widened between its copy and its use.
+//
+// Grid (tile, kv head). A tile is up to ROWS rows of one request. As there a row is a (query, head) pair, and the heads that
+// share a kv head are rows of the same tile: any group fills it, and it spans the fewest positions, so that little of what
+// is computed is masked. Its keys are gone through KEYS at a time; a warp keeps a quarter of the rows in registers:
+//
+//     scores [rows, KEYS]  = q [rows, D] K^T [D, KEYS]                          then p = 2^(score - largest so far)
+//     out    [rows, D]    += p [rows, KEYS] V [KEYS, D]
+//
+// K and V are gathered through the block table into shared memory, past the registers. Each has one buffer: V comes while
+// the scores are computed, the next K while V is multiplied. Rows lie an odd number of 16 bytes apart, so that the eight
+// that make up a matrix are read from different banks.
+//
+// Reads 2 D sizeof(T) bytes per visible key, kv head and tile, nearly all of it from the L2 cache, and does 4 D FLOPs per
+// visible key and row, so ROWS FLOPs a byte: the matrix units are the limit. Next come shared memory, from which a warp has
+// each K and V once for up to 32 rows, and a power of two for each score. While one block computes these another multiplies:
+// with D = 128 a thread needs all of its 255 registers, and two blocks, 8 warps, fit on a multiprocessor; they use 136 KB
+// of its shared memory. Writes out.
+//
+// Left open: T (16 bits), D (a multiple of 16, at most 256), ROWS (128, or 64 where D > 128), SHARED (bytes of q, K and V).
+constexpr int WARPS = 4, KEYS = 64, MINE = ROWS / WARPS / 16, PITCH = D + 8, CHUNKS = D / 8;  // a chunk is 16 bytes
+static_assert(SHARED == (ROWS + 2 * KEYS) * PITCH * sizeof(T), "as many bytes as the launch says");
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+tiled_attention(const T* q, const T* k_cache, const T* v_cache, const int* block_tables, const int* context_lens,
+                const int* query_start, T* out, int B, int M, int block_size, int few, int heads, int kv_heads,
+                int q_stride, int window, float scale) {
+    DYNAMIC_SHARED(memory);
+    T *queries = (T*)memory, *keys = queries + ROWS * PITCH, *values = keys + KEYS * PITCH;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
+    const int group = heads / kv_heads, kv_head = blockIdx.y;
+
+    // The tiles of request b are numbered from here: enough numbers for each, as at most every `few` queries beyond one per
+    // request there is another request with many.
+    auto first_tile = [&](int b) { return query_start[b] * group / ROWS + min(b, (query_start[b] - b) / few); };
+    const int tile = gridDim.x - 1 - blockIdx.x;  // the last tiles of a prompt, which see the most keys, go first
+    const int b = owner(tile, B, first_tile), row0 = (tile - first_tile(b)) * ROWS;
+    const int start = query_start[b], n = query_start[b + 1] - start, rows = min(ROWS, n * group - row0);
+    if (n <= few || rows <= 0) return;
+    const int before = context_lens[b] - n, position0 = before + row0 / group, last = before + (row0 + rows - 1) / group;
+    const int first = window ? max(0, position0 - window + 1) : 0;
+
+    struct Row { int position, output; };  // where it stands, and where its output goes; -1: there is no such row
+    auto about = [&](int row) { return (Row*)(queries + row * PITCH + D); };  // in what sets the rows apart
+    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += 32 * WARPS) {
+        int at = i / CHUNKS, row = row0 + min(at, rows - 1), query = row / group, head = kv_head * group + row % group;
+        copy_async(queries + at * PITCH + i % CHUNKS * 8,
+                   q + (long long)(start + query) * q_stride + head * D + i % CHUNKS * 8);
+        if (i % CHUNKS == 0) *about(at) = {before + query, at < rows ? (start + query) * heads + head : -1};
+    }
+    // A warp brings EACH of a tile's keys or values, SIDE lanes a row; one lane looks up where it lies, the others ask it.
+    constexpr int EACH = KEYS / WARPS, SIDE = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2;
+    auto find = [&](int j) {
+        int at = min(j + warp * EACH + lane % EACH, last);  // past the last key that one again: nobody sees it there
+        return block_tables[b * M + at / block_size] * block_size + at % block_size;
+    };
+    const int stride = kv_heads * D * sizeof(T), share = kv_head * D + lane % SIDE * 8;
+    auto bring = [&](T* to, const T* cache, int slot) {
+        to += (warp * EACH + lane / SIDE) * PITCH + lane % SIDE * 8;
+        #pragma unroll
+        for (int i = 0; i < EACH; i += 32 / SIDE) {
+            const char* row = (const char*)(cache + share) + (long long)__shfl_sync(ALL, slot, i + lane / SIDE) * stride;
+            for (int j = 0; j < CHUNKS; j += SIDE) copy_async(to + i * PITCH + j * 8, row + j * 16);
+        }
+    };
+    int slot = find(first);
+    bring(keys, k_cache, slot);
+
+    // The lane's rows are this one and 8, 16 and 24 further; of a row it has two neighbours in each eight entries.
+    const int row = warp * 16 * MINE + g;
+    float acc[MINE][D / 8][4] = {}, total[MINE][2] = {}, top[MINE][2];
+    for (int m = 0; m < MINE; m++) top[m][0] = top[m][1] = -INFINITY;
+    scale *= 1.44269504f;  // 2^x is what the hardware has
+    // Of 16 rows by 16 entries, four matrices, where the lane's row begins. The second matrix is the one below the first; of
+    // K, whose rows are the instruction's columns, the one beside it.
+    const int below = lane % 16 * PITCH + lane / 16 * 8, beside = (lane % 8 + lane / 16 * 8) * PITCH + lane / 8 % 2 * 8;
+
+    for (int j = first; j <= last; j += KEYS) {
+        wait_for_copies();
+        __syncthreads();  // the keys are there, and the last values are no longer needed
+        bring(values, v_cache, slot);
+        slot = find(j + KEYS);
+        float s[MINE][KEYS / 8][4] = {};
+        #pragma unroll
+        for (int d = 0; d < D; d += 16) {
+            unsigned a[MINE][4], k[4];
+            for (int m = 0; m < MINE; m++) load_matrices(a[m], queries + (warp * MINE + m) * 16 * PITCH + d + below);
+            #pragma unroll
+            for (int key = 0; key < KEYS; key += 16) {
+                load_matrices(k, keys + key * PITCH + d + beside);
+                for (int h = 0; h < 2; h++) {
+                    unsigned x[2] = {k[2 * h], k[2 * h + 1]};
+                    for (int m = 0; m < MINE; m++) mma(T(), s[m][key / 8 + h], a[m], x);
+                }
+            }
+        }
+        wait_for_copies();
+        __syncthreads();  // the values are there, and the keys are no longer needed
+        if (j + KEYS <= last) bring(keys, k_cache, slot);
+        bool all_visible = j + KEYS <= position0 + 1 && (!window || j > last - window);
+        #pragma unroll
+        for (int m = 0; m < MINE; m++)
+            for (int h = 0; h < 2; h++) {
+                float largest = top[m][h];
+                if (!all_visible) {
+                    int right = about(row + 16 * m + 8 * h)->position - j - 2 * c, left = window ? right - window : -1;
+                    for (int i = 0; i < KEYS / 4; i++)
+                        if (int at = i / 2 * 8 + i % 2; at > right || at <= left) s[m][i / 2][2 * h + i % 2] = -INFINITY;
+                }
+                for (int i = 0; i < KEYS / 4; i++) largest = fmaxf(largest, s[m][i / 2][2 * h + i % 2]);
+                for (int i = 1; i < 4; i *= 2) largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, i));
+                float base = largest == -INFINITY ? 0 : largest * scale;  // 0: a row that has seen nothing yet
+                float shrink = power_of_2(top[m][h] * scale - base);
+                top[m][h] = largest;
+                total[m][h] *= shrink;
+                for (int i = 0; i < KEYS / 4; i++) {
+                    float& p = s[m][i / 2][2 * h + i % 2];
+                    total[m][h] += p = power_of_2(p * scale - base);
+                }
+                for (int i = 0; i < D / 4; i++) acc[m][i / 2][2 * h + i % 2] *= shrink;
+            }
+        #pragma unroll
+        for (int key = 0; key < KEYS; key += 16) {
+            unsigned p[MINE][4], v[4];
+            for (int m = 0; m < MINE; m++)
+                for (int i = 0; i < 4; i++) {
+                    const float* pair = &s[m][key / 8 + i / 2][i % 2 * 2];
+                    p[m][i] = make_pair(T(), pair[0], pair[1]);
+                }
+            #pragma unroll
+            for (int d = 0; d < D; d += 16) {
+                load_transposed(v, values + key * PITCH + d + below);
+                for (int h = 0; h < 2; h++) {
+                    unsigned x[2] = {v[2 * h], v[2 * h + 1]};
+                    for (int m = 0; m < MINE; m++) mma(T(), acc[m][d / 8 + h], p[m], x);
+                }
+            }
+        }
+    }
+
+    #pragma unroll
+    for (int m = 0; m < MINE; m++)
+        for (int h = 0; h < 2; h++) {
+            for (int i = 1; i < 4; i *= 2) total[m][h] += __shfl_xor_sync(ALL, total[m][h], i);
+            const int output = about(row + 16 * m + 8 * h)->output;
+            if (output < 0) continue;
+            unsigned* to = (unsigned*)(out + (long long)output * D) + c;
+            const float factor = 1 / total[m][h];
+            for (int i = 0; i < D / 8; i++) {
+                const float* pair = &acc[m][i][2 * h];
+                store<unsigned, 1>(to + 4 * i, {make_pair(T(), pair[0] * factor, pair[1] * factor)});
+            }
+        }
 }
 """
 

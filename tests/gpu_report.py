@@ -5,7 +5,7 @@
     python tests/gpu_report.py --tiny       # small sizes on whatever device there is: shows only that the script runs
 
 Kernels are timed by the device's own clock, after a warm-up, as the median of several runs, over buffers too large for the
-L2 cache. Shares are of the bandwidth of a large copy on the same device, measured here as well.
+L2 cache. Shares are of the bandwidth of a large copy, or of the rate of a large product, measured here on the same device.
 """
 
 import argparse
@@ -67,6 +67,37 @@ def attention(batch: int, length: int, device, int8=False, heads=32, kv_heads=8,
     q = torch.randn(batch, heads, D, device=device).bfloat16()
     taken = seconds(lambda: kernels.paged_attention(q, *caches, tables, lengths, start, D**-0.5, scales=scales))
     return taken, 2 * batch * length * kv_heads * (D + 2 if int8 else 2 * D)
+
+
+def prompts(batch: int, length: int, device, heads=32, kv_heads=8, D=128, block_size=16) -> dict[str, float]:
+    """Seconds of one layer's attention for `batch` whole prompts of `length` tokens in bfloat16: by the kernel for few
+    queries, by the tiled one, and by torch's FlashAttention, which is given keys and values in one piece (the blocks that
+    it could gather from are of 256 tokens).
+    """
+    blocks = batch * -(-length // block_size)
+    caches = [torch.randn(blocks + 1, block_size, kv_heads, D, device=device).bfloat16() for _ in "kv"]
+    tables = (torch.randperm(blocks, device=device).int() + 1).view(batch, -1)
+    lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
+    start = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+    q, taken = torch.randn(batch * length, heads, D, device=device).bfloat16(), {}
+    for name, kernels.use_tiles in (("few queries", False), ("tiled", True)):
+        taken[name] = seconds(lambda: kernels.paged_attention(q, *caches, tables, lengths, start, D**-0.5), repeat=5, runs=3)
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+
+        # Keys and values for every head: not all versions know groups, and it is the arithmetic that takes the time.
+        k, v = torch.randn(2, batch * length, heads, D, device=device).bfloat16()
+        taken["torch"] = seconds(lambda: varlen_attn(q, k, v, start, start, length, length, window_size=(-1, 0)), repeat=5,
+                                 runs=3, captured=False)
+    except (ImportError, TypeError, RuntimeError) as error:
+        print(f"torch's FlashAttention does not run here: {str(error)[:80]}")
+    return taken
+
+
+def matrix_rate(device, size: int) -> float:
+    """FLOPs per second of a square product in bfloat16."""
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    return 2 * size**3 / seconds(lambda: a @ b, captured=False)
 
 
 def products(device, inputs: int, outputs: int, rows: int, copies: int) -> dict[str, float]:
@@ -146,6 +177,13 @@ def main(tiny: bool, only_kernels: bool) -> None:
         command("-m", "pytest", "-m", "gpu")
     bandwidth = copy_bandwidth(device, 1 << (16 if tiny else 31))
     print(f"large copy: {bandwidth / 1e9:,.0f} GB/s read and written")
+    rate = matrix_rate(device, 64 if tiny else 8192)
+    print(f"large product: {rate / 1e12:,.0f} TFLOP/s in bfloat16")
+    for batch, length in ((2, 40),) if tiny else ((8, 4096), (1, 32768), (64, 512)):
+        flops = 4 * 32 * 128 * batch * length * (length + 1) / 2
+        print(f"prompt attention, {batch} x {length:,}: " + ", ".join(
+            f"{name} {flops / taken / 1e12:,.0f} TFLOP/s ({100 * flops / taken / rate:.0f} % of the product's)"
+            for name, taken in prompts(batch, length, device).items()))
     for batch, length in ((2, 40), (1, 300)) if tiny else ((64, 2048), (1, 32768), (256, 1024), (8, 8192)):
         taken, moved = attention(batch, length, device)
         share = moved / taken / bandwidth

@@ -64,8 +64,8 @@ def test_sample_draws_what_the_definition_draws(V, dtype, reverse, monkeypatch):
 
 @needs_compiler
 def test_sample_reaches_every_kept_token_and_no_other():
-    """Noise over all of [0, 1): each kept token is drawn as often as its probability says, to one draw in 400."""
-    logits, n = torch.tensor([[2.0, -torch.inf, 1.0, 0.5, 1.0, -3.0]]).expand(400, -1), 400
+    """Noise over all of [0, 1): each kept token is drawn as often as its probability says, to one draw in 80."""
+    logits, n = torch.tensor([[2.0, -torch.inf, 1.0, 0.5, 1.0, -3.0]]).expand(80, -1), 80
     noise = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     for k, p, least in ((0, 1.0, 0.0), (2, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.4), (4, 0.9, 0.1)):
         columns = [torch.full((n,), value, dtype=t) for value, t in ((0.8, F32), (k, torch.int64), (p, F32), (least, F32))]
@@ -102,6 +102,64 @@ def test_the_number_of_splits_does_not_change_attention(num_sms, window, int8, m
         torch.testing.assert_close(kernels.paged_attention(*arguments), expected, rtol=1e-5, atol=1e-5)
     splits = {grid[2] for name, grid in launched if name == "paged_attention"}
     assert splits == {{1: 2, 8: 16, 64: 17}[num_sms]} and ("combine_splits" in dict(launched))
+
+
+LENGTHS, NEWS = [130, 530, 3, 90, 700, 60], [40, 1, 3, 33, 10, 2]  # with 12 heads a kv head 10 queries fit into a tile
+
+
+def mixed_batch(dtype, requests=range(6), group=12, D=64):
+    """Arguments of paged_attention for some of those requests."""
+    caches = [torch.randn(100, 16, 1, D, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2)]
+    tables = [torch.randperm(100, generator=torch.Generator().manual_seed(b))[:50] for b in requests]
+    q = [torch.randn(NEWS[b], group, D, generator=torch.Generator().manual_seed(b)).to(dtype) for b in requests]
+    start = [0, *itertools.accumulate(NEWS[b] for b in requests)]
+    return (torch.cat(q), *caches, torch.stack(tables).int(), torch.tensor([LENGTHS[b] for b in requests]).int(),
+            torch.tensor(start).int(), D**-0.5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("num_sms", [1, 64])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_long_and_short_queries_are_one_call(dtype, num_sms, monkeypatch):
+    """In 16 bits the long ones go to a kernel of their own, the others are split among many multiprocessors all the same."""
+    monkeypatch.setattr(kernels, "use_cpp", False)
+    arguments, close = mixed_batch(dtype), {"rtol": 1e-5, "atol": 1e-5} if dtype is F32 else {"rtol": 1e-2, "atol": 1e-2}
+    expected = kernels.paged_attention(*arguments)
+    with cuda_on_cpu.enabled(num_sms=num_sms, launches=[]) as launches:
+        torch.testing.assert_close(kernels.paged_attention(*arguments), expected, **close)
+        names = ["tiled_attention"] * (dtype is BF16) + ["paged_attention"] + ["combine_splits"] * (num_sms > 1)
+        assert [launch.name for launch in launches] == names
+        launches.clear()
+        monkeypatch.setattr(kernels, "use_tiles", False)
+        torch.testing.assert_close(kernels.paged_attention(*arguments), expected, **close)
+        assert "tiled_attention" not in [launch.name for launch in launches]
+
+
+@needs_compiler
+def test_each_kernel_reads_the_keys_of_its_own_requests_only():
+    read = []
+    for requests in range(6), (0, 3), (1, 2, 4, 5):  # all, those with many queries, those with few
+        with cuda_on_cpu.enabled(num_sms=1, launches=[]) as launches:
+            kernels.paged_attention(*mixed_batch(BF16, requests))
+        read.append({launch.name: launch.read[1] for launch in launches})
+    both, many, few = read
+    assert both == {"tiled_attention": many["tiled_attention"], "paged_attention": few["paged_attention"]}
+    assert many["paged_attention"] == few["tiled_attention"] == 0
+
+
+@needs_compiler
+def test_which_kernels_attention_needs(monkeypatch):
+    """None more than the shapes leave open: decoding one, a prompt alone one."""
+    launched, D = record_launches(monkeypatch), 16
+    cache, group = torch.ones(2, 20, 16, 1, D).bfloat16(), 32  # four queries are a tile
+    for news, names in (([1] * 5, ["paged"]), ([4], ["paged"]), ([2, 3, 1, 1], ["paged"]), ([5], ["tiled"]),
+                        ([3, 3, 1], ["tiled", "paged"]), ([1, 9], ["tiled", "paged"])):
+        lengths, start = torch.tensor(news).int() + 7, torch.tensor([0, *itertools.accumulate(news)]).int()
+        launched.clear()
+        with cuda_on_cpu.enabled():
+            out = kernels.paged_attention(torch.ones(sum(news), group, D).bfloat16(), *cache,
+                                          torch.arange(20).int().repeat(len(news), 1), lengths, start, 0.25)
+        assert (out == 1).all() and [name for name, _ in launched] == [f"{name}_attention" for name in names]
 
 
 def record_launches(monkeypatch):
@@ -153,6 +211,32 @@ def test_vector_loads_and_stores_are_counted():
     assert [(launch.name, launch.read, launch.written) for launch in launches] == [
         ("silu_mul", [x.nbytes, 0, 0], [0, y.nbytes, 0])]
     assert (others.launches, others.bytes) == (1, 2 * y.nbytes + y[:1].nbytes), "PyTorch's own, without views"
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("window", [0, 1000])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
+def test_long_prompts_on_a_gpu(D, dtype, window):
+    """As long as they come: a chunk with 3,000 tokens before it, two whole prompts, and two that decode beside them."""
+    g = torch.Generator("cuda").manual_seed(D)
+    lengths, news = [5000, 1, 2500, 900, 1777], [2000, 1, 2500, 1, 1777]
+    k, v = torch.randn(2, 700, 16, 2, D, generator=g, device="cuda").to(dtype)
+    tables = torch.randperm(700, generator=g, device="cuda").int().repeat(5, 1)
+    for b in range(5):
+        tables[b] = tables[b].roll(130 * b)
+    start = torch.tensor([0, *itertools.accumulate(news)], device="cuda").int()
+    q = torch.randn(sum(news), 8, D, generator=g, device="cuda").to(dtype)
+    out = kernels.paged_attention(q, k, v, tables, torch.tensor(lengths, device="cuda").int(), start, D**-0.5, window)
+    for b, (length, n) in enumerate(zip(lengths, news)):
+        keys, values = (cache[tables[b].long()].flatten(0, 1)[:length].double() for cache in (k, v))
+        at = torch.arange(length, device="cuda")
+        visible = at <= at[-n:, None] if not window else (at <= at[-n:, None]) & (at > at[-n:, None] - window)
+        for head in range(8):
+            scores = q[start[b] : start[b + 1], head].double() @ keys[:, head // 4].T * D**-0.5
+            expected = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ values[:, head // 4]
+            torch.testing.assert_close(out[start[b] : start[b + 1], head].double(), expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu
@@ -273,6 +357,7 @@ def test_gpu_memory_returns_to_its_start():
 
 # ---- what the emulation notices ----
 
+SHARED = "alignas(16) __shared__ float s[64];"
 MISTAKES = {
     "fine": ("out[threadIdx.x] = __shfl_xor_sync(ALL, x[threadIdx.x], 1);", None),
     "lanes part": ("if (threadIdx.x < 8) x[0] = __shfl_xor_sync(ALL, 1.f, 1);", "not all lanes meet"),
@@ -291,6 +376,11 @@ MISTAKES = {
     "a load before the start": ("load<float, 4>(x - 4);", "outside of the tensors"),
     "a write past the end": ("out[threadIdx.x + 1] = 1;", "outside of its tensor"),
     "a write before the start": ("if (threadIdx.x == 0) out[-1] = 1;", "outside of its tensor"),
+    "a copy from outside": (f"{SHARED} copy_async(s, x + 62);", "outside of the tensors"),
+    "a copy to outside": (f"{SHARED} copy_async(s + 62, x);", "outside of shared memory"),
+    "a misaligned copy": (f"{SHARED} copy_async(s + 1, x);", "not aligned to 16 bytes"),
+    "a matrix from outside": ("unsigned m[4]; load_matrices(m, x);", "outside of shared memory"),
+    "a misaligned matrix": (f"{SHARED} unsigned m[4]; load_transposed(m, s + 2);", "not aligned to 16 bytes"),
 }
 
 
@@ -318,6 +408,39 @@ def test_what_lies_outside_of_a_tensor_and_shared_memory_at_first_is_nan(monkeyp
     assert launch(monkeypatch, "out[threadIdx.x] = x[threadIdx.x + 64];").isnan().all()
     shared = "__shared__ float s[64]; out[threadIdx.x] = s[threadIdx.x]; __syncthreads(); s[threadIdx.x] = 1;"
     assert launch(monkeypatch, shared, blocks=2).isnan().all()  # also when the block before has written it
+
+
+@needs_compiler
+def test_a_copy_is_not_there_before_somebody_has_waited_for_it(monkeypatch):
+    """And from when it was asked for, what was there before is not to be relied on."""
+    code = f"""{SHARED} int i = threadIdx.x; s[i] = 7; __syncthreads(); if (i % 4 == 0) copy_async(s + i, x + i);
+        WAIT __syncthreads(); out[i] = s[i];"""
+    assert launch(monkeypatch, code.replace("WAIT", "wait_for_copies();")).tolist() == list(range(64))
+    assert launch(monkeypatch, code.replace("WAIT", "")).isnan().all()
+
+
+@needs_compiler
+def test_matrices_are_spread_over_the_lanes_as_the_instruction_needs_them(monkeypatch):
+    """A [16, 16] times B [16, 8], both row by row in shared memory."""
+    body = """alignas(16) __shared__ bf16 a[16][16], b[16][16];
+        int i = threadIdx.x, g = i / 4, c = i % 4;
+        for (int k = 0; k < 8; k++) put(&a[i / 2][i % 2 * 8 + k], x[i * 8 + k]);
+        for (int k = 0; k < 8; k++) put(&b[i / 2][i % 2 * 8 + k], x[256 + i * 8 + k]);
+        __syncthreads();
+        unsigned m[4], n[4];
+        load_matrices(m, &a[i % 16][i / 16 * 8]);
+        load_transposed(n, &b[i % 16][i / 16 * 8]);
+        for (int h = 0; h < 2; h++) {
+            float d[4] = {};
+            unsigned column[2] = {n[2 * h], n[2 * h + 1]};
+            mma(bf16(), d, m, column);
+            for (int e = 0; e < 4; e++) out[(g + e / 2 * 8) * 16 + 8 * h + 2 * c + e % 2] = d[e];
+        }"""
+    monkeypatch.setitem(kernels.CUDA, "mistake",
+                        f'extern "C" __global__ void mistake(float* x, float* out) {{ {body} }}')
+    x, out = torch.randint(-9, 9, (2, 16, 16), generator=torch.Generator().manual_seed(0)).float(), torch.empty(16, 16)
+    cuda_on_cpu.CudaOnCpu(F32)("mistake", (1,), 32, x, out)
+    assert torch.equal(out, x[0] @ x[1])
 
 
 @needs_compiler
@@ -401,10 +524,18 @@ class Driver:
     def cuModuleGetFunction(self, module, name):
         return 0, name
 
+    class CUfunction_attribute:
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = "shared"
+
+    def cuFuncSetAttribute(self, function, attribute, value):
+        self.calls.append((attribute, value))
+        return (0,)
+
     def cuLaunchKernel(self, function, *sizes_and_more):
         sizes, limits = sizes_and_more[:6], (2**31, 65536, 65536, 1025, 1025, 65)
+        fits = sizes_and_more[6] <= dict(self.calls).get("shared", 48 << 10)
         self.calls.append((function, *self.contexts))
-        return (0,) if all(0 < n < most for n, most in zip(sizes, limits)) else (self.Result(1),)
+        return (0,) if fits and all(0 < n < most for n, most in zip(sizes, limits)) else (self.Result(1),)
 
 
 @pytest.fixture
@@ -418,7 +549,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(kernels, "nvrtc_compile", lambda source, arch: b"code")
     made = kernels.CudaKernels(torch.device("cuda:1"), F32)
-    monkeypatch.setattr(kernels, "compiled", lambda *tensors: (None, made))
+    monkeypatch.setattr(kernels, "compiled", lambda *tensors, cache=None: (None, made))
     return driver
 
 
@@ -443,6 +574,17 @@ def test_no_rows_and_many_rows_can_be_launched(gpu):
         kernels.paged_attention(torch.zeros(rows, 1, 16), *torch.zeros(2, 1, 1, 1, 16), torch.zeros(rows, 4).int(),
                                 column.int(), torch.arange(rows + 1).int(), 1.0)
     assert {name for name, _ in gpu.calls} == {"load", b"silu_mul", b"add_norm", b"sample", b"paged_attention"}
+
+
+def test_shared_memory_beyond_48_kilobytes_is_asked_for(gpu):
+    """Once, before the first launch that needs it."""
+    made, constants = kernels.compiled()[1], {"D": 128, "ROWS": 128, "SHARED": 69632}
+    for _ in range(2):
+        made("tiled_attention", (1, 1), 128, **constants)
+    made("tiled_attention", (1, 1), 128, **{**constants, "SHARED": 36864})
+    launch = (b"tiled_attention", "context of 1")
+    load = ("load", "context of 1")
+    assert gpu.calls == [load, ("shared", 69632), launch, launch, load, ("shared", 36864), launch]
 
 
 @needs_compiler
@@ -493,9 +635,11 @@ def test_half_precision_is_converted_like_torch_does(monkeypatch):
 # ---- compiling for a GPU ----
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
+TILED = {D: {"D": D, "ROWS": (rows := 128 if D <= 128 else 64), "SHARED": (rows + 128) * (D + 8) * 2} for D in HEAD_SIZES}
 KERNELS = [("add_norm", {"N": 8}), ("silu_mul", {"N": 8}), ("sample", {}),
            ("low_bit_linear", {"BITS": 8}), ("low_bit_linear", {"BITS": 4}),
            *(("rope_and_write_kv", {"D": 128, "INT8": int8}) for int8 in (0, 1)),
+           *(("tiled_attention", constants) for constants in TILED.values()),
            *(("paged_attention", {"D": D, "R": R, "DECODE": R == 8, "INT8": 0}) for D in HEAD_SIZES for R in (8, 16)),
            *(("paged_attention", {"D": D, "R": R, "DECODE": R == 8, "INT8": 1}) for D, R in ((64, 8), (80, 8), (128, 16)))]
 
@@ -529,7 +673,7 @@ def test_what_the_cache_folder_does_not_keep_is_compiled_again(nvrtc, monkeypatc
 def test_nvrtc_compiles_every_kernel(arch, element, nvrtc, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiled = [(name, constants) for name, constants in KERNELS
-                if element != "float" or name != "low_bit_linear" and constants.get("R") != 16]
+                if element != "float" or name not in ("low_bit_linear", "tiled_attention") and constants.get("R") != 16]
     for name, constants in compiled:
         source = kernels.cuda_source(name, element, **{key: int(value) for key, value in constants.items()})
         code = kernels.nvrtc_compile(source, arch)
@@ -540,17 +684,36 @@ def test_nvrtc_compiles_every_kernel(arch, element, nvrtc, monkeypatch, tmp_path
         kernels.nvrtc_compile(kernels.CUDA["prelude"] + "nonsense;", arch)
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc here")
+def assembler_log(tmp_path, arch, source):
+    (path := tmp_path / "kernel.cu").write_text(source)
+    command = ["nvcc", f"-arch={arch}", "-cubin", "-Xptxas", "-v", "-o", str(tmp_path / "kernel.cubin"), str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc here")
+NO_SPILLS = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+
+
+@needs_nvcc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_decode_kernels_do_not_spill(arch, tmp_path):
     """Arrays that leave the registers go to memory, and memory is what decoding waits for."""
     for D, int8 in itertools.product(HEAD_SIZES, (0, 1)):
-        source = kernels.cuda_source("paged_attention", "bf16", D=D, R=8, DECODE=1, INT8=int8)
-        (path := tmp_path / "kernel.cu").write_text(source)
-        command = ["nvcc", f"-arch={arch}", "-cubin", "-Xptxas", "-v", "-o", str(tmp_path / "kernel.cubin"), str(path)]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-        assert spills == [("0", "0", "0")] * 2, (D, int8, log)
+        log = assembler_log(tmp_path, arch, kernels.cuda_source("paged_attention", "bf16", D=D, R=8, DECODE=1, INT8=int8))
+        assert log.count(NO_SPILLS) == 2 == log.count("spill stores"), (D, int8, log)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_two_blocks_of_tiled_attention_fit_on_a_multiprocessor(arch, tmp_path):
+    """It uses nearly all registers of a thread, for sums that must not leave them; and no more shared memory than half
+    of an H100's, nor than what the smallest of the GPUs since sm_80 gives a block."""
+    for D, constants in TILED.items():
+        log = assembler_log(tmp_path, arch, kernels.cuda_source("tiled_attention", "bf16", **constants))
+        registers = re.findall(r"Used (\d+) registers", log)
+        assert log.count(NO_SPILLS) == 1 == len(registers), (D, log)
+        warp = -(-int(registers[0]) * 32 // 256) * 256  # a warp's registers are allocated by 256
+        assert 2 * 4 * warp <= 65536 and "smem" not in log and constants["SHARED"] <= 99 << 10
 
 
 def test_the_report_for_gpus_runs():
@@ -559,6 +722,6 @@ def test_the_report_for_gpus_runs():
                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "these figures mean nothing" in done.stdout
-    for line in ("large copy: ", "decode attention, 1 x 300: ", "product 8 x 128 x 48: bf16 ", "sample, all three: ",
-                 "peak memory "):
+    for line in ("large copy: ", "large product: ", "prompt attention, 2 x 40: ", "decode attention, 1 x 300: ",
+                 "product 8 x 128 x 48: bf16 ", "sample, all three: ", "peak memory "):
         assert line in done.stdout, done.stdout + done.stderr

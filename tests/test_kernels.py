@@ -208,6 +208,25 @@ def test_attention_over_many_tiles_of_one_long_prompt(body):
     close(batch.run(), batch.expected())
 
 
+TILED = [("cuda", BF16), ("cuda-reversed", BF16), ("cuda", F16),
+         *(pytest.param(("gpu", dtype), marks=pytest.mark.gpu) for dtype in (BF16, F16))]
+tiled_bodies = pytest.mark.parametrize("body", TILED, ids=lambda b: f"{b[0]}-{str(b[1])[6:]}", indirect=True)
+
+
+@tiled_bodies
+@pytest.mark.parametrize("D, heads, kv_heads, block_size, window", [
+    (64, 8, 2, 16, 0), (64, 3, 1, 1, 90), (80, 7, 1, 4, 0), (96, 4, 1, 32, 5), (128, 4, 1, 16, 0), (128, 2, 2, 16, 150),
+    (256, 5, 1, 16, 0), (112, 40, 2, 16, 70)])
+def test_attention_of_long_queries(body, D, heads, kv_heads, block_size, window):
+    """Requests with few queries, with as many as a tile holds, one more, and many, with a context before them or not."""
+    if body is F16 and D != 64:  # each is a kernel of its own to compile
+        pytest.skip("fp16 with head sizes of 64 only")
+    few = (128 if D <= 128 else 64) * kv_heads // heads
+    news = [1, few + 1, few, few + 66, min(3, few), few + 40]
+    lengths = [65, few + 1, few + 40, few + 266, 3, few + 102]  # the last one's 62: of 64 keys one is not visible
+    close((batch := Ragged(D, body, lengths, news, heads, kv_heads, D, block_size, window)).run(), batch.expected())
+
+
 @every_body
 def test_attention_survives_large_scores(body):
     """Scores in the hundreds: without subtracting the maximum exp overflows."""
@@ -220,8 +239,9 @@ def test_attention_survives_large_scores(body):
 
 
 @every_body
-def test_a_nan_request_does_not_touch_its_neighbours(body):
-    batch = Ragged(3, body, [9, 40, 21, 5], [1, 12, 1, 5], 4, 2, 32, 4)
+@pytest.mark.parametrize("heads", [4, 24], ids=["", "tiles"])  # with 12 heads a kv head, 12 queries fill more than a tile
+def test_a_nan_request_does_not_touch_its_neighbours(body, heads):
+    batch = Ragged(3, body, [9, 40, 21, 5], [1, 12, 1, 5], heads, 2, 32, 4)
     expected, start = batch.expected(), batch.query_start
     batch.k.view(-1, 2, 32)[batch.tables[1, 0] * 4] = torch.nan
     batch.q[start[3]:] = torch.nan

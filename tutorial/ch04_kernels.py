@@ -92,9 +92,9 @@ print(f"\nall within 1e-12 of softmax(scores) @ values: {max(errors.values()) < 
 # %% [markdown]
 # ## Bytes of attention
 #
-# Now `CUDA["paged_attention"]`, the source that a GPU gets, compiled for the CPU, its vector loads and stores counted
-# (tutorial/cuda_on_cpu.h). That is what the instructions ask for: a byte that two tiles read counts twice, though on a GPU
-# the second reading mostly comes from the L2 cache. 8 query heads over 2 KV heads of 64, in bfloat16, blocks of 16.
+# Now `CUDA["paged_attention"]` and `CUDA["tiled_attention"]`, the sources that a GPU gets, compiled for the CPU, their
+# vector loads counted (tutorial/cuda_on_cpu.h). That is what the instructions ask for: a byte that two tiles read counts
+# twice, though the second reading mostly comes from the L2 cache. 8 heads over 2 KV heads of 64, bfloat16, blocks of 16.
 
 # %%
 def attention_case(queries, context, device="cpu"):
@@ -109,17 +109,17 @@ def attention_case(queries, context, device="cpu"):
 
 prompts = {}
 for n in (16, 64, 128, 256, 512):
-    case, fused = attention_case(n, n), None
+    case, fused = attention_case(n, n), [None, None]
     with cuda_on_cpu.Operations() as seen:
         wanted = kernels.paged_attention(*case)
-    if EMULATED:
+    for i, kernels.use_tiles in enumerate((False, True)) if EMULATED else ():
         with cuda_on_cpu.enabled(launches=[]) as launches:
             assert close(kernels.paged_attention(*case), wanted)
-        fused = sum(launches[0].read) + wanted.nbytes  # the output is stored number by number, which is not counted
-    prompts[n] = seen.bytes, fused, 2 * wanted.nbytes + 2 * n * 2 * 64 * 2, 8 * n * n * 4
-book.table("prompt | operation by operation, KB | one kernel, KB | ratio | inputs and outputs, KB | scores in memory, KB",
-           [(n, a / 1e3, b / 1e3 if b else "-", a / b if b else "-", least / 1e3, kept / 1e3)
-            for n, (a, b, least, kept) in prompts.items()], "attention of a prompt, bytes read and written")
+        fused[i] = sum(launches[0].read) + wanted.nbytes  # one of the two stores number by number, which is not counted
+    prompts[n] = seen.bytes, fused[0], 2 * wanted.nbytes + 2 * n * 2 * 64 * 2, 8 * n * n * 4, fused[1]
+book.table("prompt | operation by operation, KB | one kernel, KB | tiled, KB | input and output, KB | scores in memory, KB",
+           [(n, a / 1e3, *(b / 1e3 if b else "-" for b in (one, tiled)), least / 1e3, kept / 1e3)
+            for n, (a, one, least, kept, tiled) in prompts.items()], "attention of a prompt, bytes read and written")
 
 group, (q, k, v, *rest) = {}, attention_case(1, 512)
 wide, expected = [x.repeat_interleave(4, 2) for x in (k, v)], kernels.paged_attention(q, k, v, *rest)
@@ -314,9 +314,9 @@ with book.figure(args, "ch04_kernels", columns=3, size=(10, 3.2)) as axes:
 # ## Why
 #
 # Attention of 512 tokens has 1.3 MB of inputs and outputs. Its scores alone are 8.4 MB, and operations carry them to
-# memory and back several times: 97 MB. The kernel never stores a score. Its 20 MB are K and V, read once by every tile of
-# 16 rows; a tile of 128, as kernels made for long prompts have, would read them an eighth as often. Ours is made for
-# decoding, where there are few rows, and where sharing between heads (262 instead of 1,049 KB) is worth most.
+# memory and back several times: 97 MB. The kernels never store a score. 20 MB are K and V, read by every tile of 16 rows:
+# `paged_attention` is made for decoding, where there are few, and where sharing between heads (262 instead of 1,049 KB) is
+# worth most. Who has more rows than a tile of 128 gets `tiled_attention`, which reads K and V an eighth as often: 3.4 MB.
 #
 # Add and norm goes from 23 readings and writings to 6. Of these, memory needs to see 4: the weights and what the kernel
 # has just written come from a cache. All of it is nothing beside the launches of a small model: 206, 41, 6.
@@ -345,5 +345,6 @@ if EMULATED:
     assert all(operations > 3 * fused for operations, fused, *_ in prompts.values())
     shared, alone, ungrouped = (read for _, read, _ in group.values())
     assert 4 * shared == alone == ungrouped == 4 * 512 * 2 * 64 * 2 * 2, "a group reads each byte of K and V once"
+    assert prompts[16][1] == prompts[16][4] and prompts[512][1] > 5 * prompts[512][4], "large tiles read K and V less often"
     assert len(outputs) == 2 and close(*outputs) and together == 6 * x.nbytes < add.bytes + apart
     assert args.model or one["fused kernels"] == worth["the small model"][0] < one["operation by operation"] / 4

@@ -11,6 +11,7 @@
 //   * a barrier that some thread of the block never reaches, or passes on another line: an error
 //   * a vector load or store that is not aligned to its size, or outside of the tensors that the kernel was given: an error
 //   * shared memory that is read before it is written: it starts as NaN in every block
+//   * shared memory whose copy from global memory nobody has waited for: it holds NaN from when the copy was asked for
 //   * a missing __syncthreads(): the order of lanes and of warps can be reversed, which must not change any result
 // And vector loads and stores are counted, in bytes, for each tensor.
 #pragma once
@@ -54,6 +55,7 @@ struct Thread {
     const char* where;                 // the operation this thread waits at
     unsigned turn = 0;                 // warp operations so far; the slots alternate, as a fast lane may be one ahead
     alignas(16) char slot[2][SLOT];    // what this lane brought to a warp operation
+    std::vector<std::pair<void*, const void*>> copies;  // of 16 bytes, (to, from), not waited for yet
     bool started;
     jmp_buf at;
     std::vector<char> stack;
@@ -173,6 +175,7 @@ static const char* launch(void (*kernel)(void**), dim3 grid, dim3 block, void** 
                     t.index = {i, 0, 0};
                     t.state = READY;
                     t.turn = 0;
+                    t.copies.clear();
                     t.where = "its start or end";
                     t.started = false;
                     t.stack.resize(STACK);
@@ -211,6 +214,12 @@ static Tensor& accessed(const V* p) {
     return *t;
 }
 template <class V> static void check_access(const V* p) { accessed(p).read += sizeof(V); }
+template <class V> static void check_shared(const V* p) {
+#ifdef __ELF__
+    if ((const char*)p < __start_cuda_shared || (const char*)(p + 1) > __stop_cuda_shared) fail("outside of shared memory");
+#endif
+    if (uintptr_t(p) % alignof(V)) fail("a place in shared memory is not aligned to " + std::to_string(alignof(V)) + " bytes");
+}
 template <class V> static void check_access(V* p) { accessed(p).written += sizeof(V); }  // who may write, is about to
 
 // A kernel of any signature, called through an array of pointers to its arguments.
@@ -273,7 +282,7 @@ static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
 using std::max;
 using std::min;
 
-// ---- What kernels.py's prelude does in PTX on a GPU: conversions, and the two matrix instructions.
+// ---- What kernels.py's prelude does in PTX on a GPU: conversions, copies, and the instructions for matrices.
 
 static inline float bfloat_to_float(unsigned short bits) { return __uint_as_float(unsigned(bits) << 16); }
 static inline unsigned short float_to_bfloat(float f) {  // to nearest, ties to even; NaN stays NaN
@@ -283,7 +292,7 @@ static inline unsigned short float_to_bfloat(float f) {  // to nearest, ties to 
 static inline float half_to_float(unsigned short bits) {
     int exponent = bits >> 10 & 31, fraction = bits & 1023;
     float f = exponent == 31 ? (fraction ? NAN : INFINITY)
-            : exponent ? std::ldexp(float(1024 + fraction), exponent - 25) : std::ldexp(float(fraction), -24);
+            : exponent ? __uint_as_float(unsigned(exponent + 112) << 23 | fraction << 13) : std::ldexp(float(fraction), -24);
     return bits >> 15 ? -f : f;
 }
 static inline unsigned short float_to_half(float f) {
@@ -294,6 +303,38 @@ static inline unsigned short float_to_half(float f) {
     int exponent = std::max(std::ilogb(std::max(f, 1e-30f)), -14);
     int fraction = int(std::nearbyint(std::ldexp(f, 10 - exponent)));  // 1024 .. 2048, below that subnormal
     return sign | (((exponent + 14) << 10) + fraction);
+}
+static inline unsigned pair_of_bf16(float x, float y) { return float_to_bfloat(x) | unsigned(float_to_bfloat(y)) << 16; }
+static inline unsigned pair_of_fp16(float x, float y) { return float_to_half(x) | unsigned(float_to_half(y)) << 16; }
+static inline float power_of_2(float x) { return std::exp2(x); }
+
+#define DYNAMIC_SHARED(NAME) alignas(16) __shared__ char NAME[SHARED]
+struct alignas(16) Chunk { unsigned words[4]; };
+static inline void copy_async(void* to, const void* from) {
+    cuda::check_shared((Chunk*)to);
+    cuda::check_access((const Chunk*)from);
+    memset(to, 0xff, sizeof(Chunk));
+    cuda::current->copies.push_back({to, from});
+}
+static inline void wait_for_copies() {
+    for (auto [to, from] : cuda::current->copies) memcpy(to, from, sizeof(Chunk));
+    cuda::current->copies.clear();
+}
+static inline cuda::Meeting<Chunk> meet_with_row(const char* name, const void* row) {
+    cuda::check_shared((const Chunk*)row);
+    Chunk mine;
+    memcpy(&mine, row, sizeof mine);
+    return cuda::meet(name, mine);
+}
+static inline void load_matrices(unsigned (&x)[4], const void* row) {
+    auto all = meet_with_row("ldmatrix", row);
+    for (int m = 0; m < 4; m++) x[m] = all.lane(8 * m + cuda::lane_id() / 4).words[cuda::lane_id() % 4];
+}
+static inline void load_transposed(unsigned (&x)[4], const void* row) {
+    auto all = meet_with_row("ldmatrix, transposed", row);
+    int column = cuda::lane_id() / 4, first = cuda::lane_id() % 4 * 2;
+    auto entry = [&](int row) { return all.lane(row).words[column / 2] >> 16 * (column % 2) & 0xffff; };
+    for (int m = 0; m < 4; m++) x[m] = entry(8 * m + first) | entry(8 * m + first + 1) << 16;
 }
 template <float TO_FLOAT(unsigned short)>
 static void mma_16x8x16(const char* name, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {

@@ -37,7 +37,7 @@ def compiler() -> str | None:
 
 
 class Launch(NamedTuple):
-    """A kernel that ran. read, written: bytes of each argument by vector loads and stores, `load` and `store` in the source;
+    """A kernel that ran. read, written: bytes of each argument by `load`, `store` and `copy_async` in the source;
     what it reaches number by number, such as block tables, is not counted. Of two arguments at one address the first has
     the bytes of both."""
 
