@@ -1153,10 +1153,9 @@ class InFlight:
     def __init__(self, requests: list[Request], tokens: torch.Tensor):
         self.requests, self.tokens, self._copied = requests, tokens, None
         self.row = {request: i for i, request in enumerate(requests)}
-        self._host = tokens.to("cpu", non_blocking=True)
+        self._host = tokens.to("cpu", non_blocking=tokens.is_cuda)  # elsewhere there is no event to wait for
         if tokens.is_cuda:
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied = torch.cuda.current_stream(tokens.device).record_event()
 
     def fill(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens [T] with what was sampled for row i in the place of each -1 - i."""
@@ -1560,6 +1559,7 @@ class LLM:
         # Until here no token was appended and nothing counts as computed: a step that failed above can be repeated.
         if overlaps:
             in_flight = InFlight([request for request, *_ in samplers], self.draw(samplers, logits))
+            watch.lap("launch")
             changed = self._read_tokens()
             self._in_flight = in_flight
             for request, n in plan:
@@ -1855,7 +1855,8 @@ class LLM:
             request.error = request.failures.get(len(request.tokens)) or (
                 f"request {request.samples[0].arrival}: the model's logits at position {len(request.tokens) - 1} are not "
                 f"finite numbers, or every token is banned")
-            self.pool.withdraw(request.block_table)  # or the next to ask the same would inherit them
+            # Or the next to ask the same would inherit them. Without a table it made way before this was read.
+            self.pool.withdraw(request.block_table or self.pool.match([*request.tokens, token], request.root))
             self.scheduler.finish(request, "abort")
             self.counts["aborted"] += 1
             return
@@ -3241,7 +3242,7 @@ AGENT_TURNS = 8
 
 
 def workload(name: str, count: int, seed: int = 0, *, scale: float = 1, rate: float = math.inf, burst: float = 1.0,
-             longest: float = math.inf, uniform: tuple[tuple[int, int], tuple[int, int]] | None = None) -> list[Arrival]:
+             longest: int = sys.maxsize, uniform: tuple[tuple[int, int], tuple[int, int]] | None = None) -> list[Arrival]:
     """Requests with the lengths of a named workload, arriving at `rate` per second; all at once if that is infinite.
 
     Gaps between arrivals have the coefficient of variation `burst`: 1 is Poisson, more is burstier (a gamma distribution,
@@ -3250,9 +3251,10 @@ def workload(name: str, count: int, seed: int = 0, *, scale: float = 1, rate: fl
     "agents" take turns: a prompt is what the agent asked before, so many tokens as it was told, and a tool's result. (All
     turns are known beforehand, so random tokens stand for what it was told, and only prompts are prefixes.) Survey A VI.C.
     """
-    for option, value in (("scale", scale), ("rate", rate), ("burst", burst)):
-        if not value > 0:
-            raise ValueError(f"{option}: {value} is not above 0")
+    for option, value, low, high in (("scale", scale, 1e-3, 1e6), ("rate", rate, 1e-6, math.inf),
+                                     ("burst", burst, 1e-3, 1e3)):
+        if not low <= value <= high:
+            raise ValueError(f"{option}: must be a number from {low:g} to {high:g}, got {value}")
     rng, at, found = random.Random(seed if uniform else f"{name} {seed}"), 0.0, []
     agents = -(-count // AGENT_TURNS) if name == "agents" else count
     for i in range(count):
@@ -3345,17 +3347,19 @@ class Roofline:
 
 
 def run_workload(llm: LLM, work: list[tuple[float, list[int], int]]) -> dict:
-    """Run [(seconds from now, prompt, output tokens), ...] greedily. Seconds it took; samples of TTFT, since a request was
-    due, and of ITL.
+    """Run [(seconds from now, prompt, output tokens), ...] greedily. Seconds it took, and those of them without any request;
+    samples of TTFT, since a request was due, and of ITL.
     """
     start, due, last = time.perf_counter(), {}, {}  # of each request, when it was due and when it got its last token
-    first_token, gaps = [], []
+    first_token, gaps, idle = [], [], 0.0
     while len(due) < len(work) or llm.has_work():
         while len(due) < len(work) and (at := start + work[len(due)][0]) <= time.perf_counter():
             _, prompt, tokens = work[len(due)]
             due[llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))] = at
         if not llm.has_work():
-            time.sleep(max(0.0, at - time.perf_counter()))
+            rest = max(0.0, at - time.perf_counter())
+            time.sleep(rest)
+            idle += rest
             continue
         changed = llm.step()
         now = time.perf_counter()
@@ -3367,7 +3371,7 @@ def run_workload(llm: LLM, work: list[tuple[float, list[int], int]]) -> dict:
             last[request] = now
     if any(len(request.tokens) - request.num_prompt != tokens for request, (*_, tokens) in zip(due, work)):
         raise RuntimeError("a request did not generate as many tokens as it was asked for")
-    return {"seconds": time.perf_counter() - start, "ttft": first_token, "itl": gaps}
+    return {"seconds": time.perf_counter() - start, "idle": idle, "ttft": first_token, "itl": gaps}
 
 
 class TransformersPeer:
@@ -3414,8 +3418,9 @@ def bench(args: argparse.Namespace) -> None:
     """Measure throughput and latency on a synthetic workload, and say what share of this machine's roofline that is."""
     import resource
 
-    if args.compare and args.rate < math.inf:
-        raise ValueError(f"--rate: {args.rate} can not go with --compare, which submits all requests at once")
+    if (args.compare or args.nano_vllm) and args.rate < math.inf:
+        other = "--compare" if args.compare else "--nano-vllm"
+        raise ValueError(f"--rate: {args.rate} can not go with {other}, which submits all requests at once")
     device, folder = pick_device(args.device), find_model(args.model) if args.model else None
     shape = read_json(folder / "config.json") if folder else SHAPES[args.shape]
     config = ModelConfig.from_dict(shape)
@@ -3424,7 +3429,7 @@ def bench(args: argparse.Namespace) -> None:
     model = None if folder else GPT(config, dtype, device, args.max_model_len, args.quantize).randomize(args.seed)
     llm = make_llm(args, model)
     vocab = llm.model.config.vocab_size
-    more = {"uniform": (args.input_len, args.output_len)} if args.workload == "uniform" else {"longest": llm.max_model_len}
+    more = {"uniform": (args.input_len, args.output_len)} if args.workload == "uniform" else {"longest": llm.longest_request}
     jobs = workload(args.workload, args.requests, args.seed, scale=args.scale, rate=args.rate, burst=args.burst, **more)
     work = [(job.at, token_ids(job.prompt, f"{args.seed} {job.text}", vocab), job.output) for job in jobs]
     if args.nano_vllm:
@@ -3447,6 +3452,7 @@ def bench(args: argparse.Namespace) -> None:
         if peer:
             theirs.append(peer.run())
     seconds = statistics.median(run["seconds"] for run in runs)
+    busy = statistics.median(run["seconds"] - run["idle"] for run in runs)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**30
@@ -3465,7 +3471,7 @@ def bench(args: argparse.Namespace) -> None:
               f"{1 - new['saved_steps'] / new['output_tokens']:.2f} steps a token")
     if new["hit_tokens"]:
         print(f"prefix hits {new['hit_tokens'] / (args.runs * num_in):.1%} of the prompts")
-    print(f"roofline    {100 * floor / seconds:.0f} % (the work's floor on this machine is {num_out / floor:,.0f} tok/s)")
+    print(f"roofline    {100 * floor / busy:.0f} % (the work's floor on this machine is {num_out / floor:,.0f} tok/s)")
     print(f"peak memory {peak:.2f} GiB" + (" (with the peer's)" if peer and device.type != "cuda" else ""))
     if theirs:
         other = statistics.median(theirs)

@@ -350,11 +350,15 @@ def test_bench_runs_agents_as_they_arrive(options, capsys, monkeypatch):
     assert f"16 requests, {sum(job.prompt for job in jobs):,} tokens in, {sum(job.output for job in jobs):,} out" in out
     assert f"over {jobs[-1].at:.1f} s" in out
     assert float(re.search(r"prefix hits ([\d.]+)% of the prompts", out)[1]) > 30
-    for option, value in (("--rate", "0"), ("--burst", "-1"), ("--scale", "nan")):
-        assert main(["bench", *options, *agents, option, value]) == 2
-        assert f"{option[2:]}: {float(value)} is not above 0" in capsys.readouterr().err
-    assert main(["bench", *options, *agents, "--compare", "transformers"]) == 2
-    assert "--rate" in capsys.readouterr().err
+    for option, value in (("rate", "0"), ("rate", "1e-320"), ("burst", "-1"), ("burst", "1e200"), ("burst", "1e-200"),
+                          ("scale", "nan"), ("scale", "inf"), ("scale", "1e-320")):
+        assert main(["bench", *options, *agents, "--" + option, value]) == 2
+        error = capsys.readouterr().err
+        assert f"{option}: must be a number from " in error and f"got {float(value)}" in error
+    for other in (["--compare", "transformers"], ["--nano-vllm"]):
+        assert main(["bench", *options, *agents, *other]) == 2
+        assert f"--rate: 400.0 can not go with {other[0]}" in capsys.readouterr().err
+    assert main(["bench", *options, *agents, "--kv-memory", "20kB"]) == 0  # lengths that the cache has room for
 
 
 def test_time_to_first_token_counts_from_when_a_request_was_due(monkeypatch):
@@ -365,7 +369,7 @@ def test_time_to_first_token_counts_from_when_a_request_was_due(monkeypatch):
         perf_counter=lambda: clock.now, sleep=lambda seconds: vars(clock).update(now=clock.now + seconds)))
     monkeypatch.setattr(llm, "step", lambda: (vars(clock).update(now=clock.now + 1), step())[1])
     run = nanoserve.run_workload(llm, [(0.0, [5, 6, 7], 3), (1.5, [8, 9], 2), (9.0, [7], 1)])
-    assert run == {"seconds": 10.0, "ttft": [1.0, 1.5, 1.0], "itl": [1.0] * 3}
+    assert run == {"seconds": 10.0, "idle": 5.0, "ttft": [1.0, 1.5, 1.0], "itl": [1.0] * 3}
 
 
 def test_workloads_are_what_they_say():

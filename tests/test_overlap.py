@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_engine import GREEDY, Slow, engine, finish, is_clean, poisoned, tokens_of, toy  # noqa: F401
 
+import nanoserve
 from nanoserve import GPT, LLM, InFlight, SamplingParams
 
 torch.set_num_threads(1)
@@ -78,6 +79,15 @@ def test_a_token_that_makes_no_sense_ends_its_request_alone(poisoned):  # noqa: 
     assert bad.finish_reason == "abort" and bad.num_output == 0 and "not finite" in bad.error
 
 
+def test_who_made_way_before_its_token_made_no_sense_leaves_nothing_to_inherit(poisoned):  # noqa: F811
+    llm = engine(2, model=poisoned, overlap=True)
+    good = llm.add_request([1], replace(GREEDY, max_tokens=3))
+    bad = llm.add_request([9, 9, 63, 9], replace(GREEDY, max_tokens=5))
+    llm.step()
+    assert llm.step() == [good, bad] and bad.num_preemptions == 1 and "not finite" in bad.error
+    assert llm.pool.match([9, 9, 63, 9, 1]) == []
+
+
 def test_the_input_of_a_step_comes_from_where_the_last_one_put_it():
     flight = InFlight([object(), object()], torch.tensor([7, -1]))  # the second one made no sense: any token will do
     assert flight.fill(torch.tensor([3, -1, 4, -2])).tolist() == [3, 7, 4, 0]
@@ -93,6 +103,16 @@ def test_targets_are_held_against_the_time_when_a_token_was_read():
     assert request.last_token == request.arrived > taken
     llm.step()
     assert request.last_token > request.arrived and request.num_output == 1
+
+
+def test_only_the_wait_for_tokens_counts_as_waiting(monkeypatch):
+    """Drawing them is part of the launch: in "wait" the host has nothing else to do."""
+    llm, now = engine(overlap=True), itertools.count()
+    monkeypatch.setattr(nanoserve.time, "perf_counter", lambda: float(next(now)))  # a second from lap to lap
+    draw = llm.draw
+    monkeypatch.setattr(llm, "draw", lambda *args: ([next(now) for _ in range(10)], draw(*args))[1])
+    llm.generate([[1, 2, 3]], replace(GREEDY, max_tokens=3))
+    assert llm.watch.seconds == {"schedule": 3.0, "pack": 3.0, "launch": 3 * 12.0, "wait": 3.0, "commit": 3.0}
 
 
 class Trouble(Exception):
