@@ -2661,7 +2661,11 @@ class Connection(asyncio.Protocol):
             while self.keep_alive:
                 self.is_idle = True
                 self.transport.resume_reading()
+                if self.received:
+                    await asyncio.sleep(0)  # one that sends ahead takes turns with the others
                 await self._until(lambda: self.received or self.has_left)
+                if not self.received:
+                    break
                 self.is_idle = False
                 try:
                     await self._answer()
@@ -2679,8 +2683,9 @@ class Connection(asyncio.Protocol):
         except (*self.GONE, asyncio.CancelledError):
             pass  # the client has left or sleeps, or the server stops
         finally:
-            self.transport.abort()
             self.server.connections.pop(self.task, None)
+            if not self.is_lost:  # asyncio can not abort what has closed after its last byte was sent
+                self.transport.abort()
 
     async def _until(self, condition, seconds=math.inf):
         """Wait for what the loop's calls bring about. asyncio.TimeoutError if it does not come in time."""
@@ -2698,7 +2703,7 @@ class Connection(asyncio.Protocol):
             timer.cancel()
 
     async def send(self, data: bytes) -> None:
-        """Write, and wait as long as the client has much to read. One that reads nothing at all is given up."""
+        """Write, and wait as long as the client has much to read; for `timeout` at most, then it is given up."""
         if self.is_lost:
             raise ConnectionResetError
         self.transport.write(data)
@@ -2756,7 +2761,7 @@ class Connection(asyncio.Protocol):
             raise HTTPError(413, f"body: {length} bytes are more than max_body={self.server.max_body}")
         if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise HTTPError(415, "Content-Type: must be application/json")
-        if headers.get("expect", "").lower() == "100-continue":
+        if headers.get("expect", "").lower() == "100-continue" and not self.is_http10:
             await self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         await self._arrives("body", lambda: len(self.received) >= int(length))
         body = self._take(int(length))
@@ -2768,9 +2773,9 @@ class Connection(asyncio.Protocol):
 
     async def _read_head(self) -> str:
         await self._arrives("headers", lambda: b"\r\n\r\n" in self.received or len(self.received) > MAX_HEAD)
-        if not 0 <= (length := self.received.find(b"\r\n\r\n")) <= MAX_HEAD:
+        if not 4 <= (length := self.received.find(b"\r\n\r\n") + 4) <= MAX_HEAD:
             raise HTTPError(431, f"headers: are longer than {MAX_HEAD} bytes")
-        return self._take(length + 4)[:-4].decode("latin-1")
+        return self._take(length)[:-4].decode("latin-1")
 
     async def _arrives(self, what, condition):
         try:
@@ -2818,9 +2823,14 @@ class Connection(asyncio.Protocol):
 
     async def _linger(self):
         """Read on for a second: closing on unread bytes resets the connection, and takes the answer along."""
+        def discard():
+            self.received.clear()
+            self.transport.resume_reading()
+            return self.has_left
+
         self.transport.write_eof()
-        with contextlib.suppress(asyncio.TimeoutError), self.watched():
-            await self._until(lambda: self.has_left, 1.0)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await self._until(discard, 1.0)
 
     def _head(self, status, headers) -> bytes:
         self.keep_alive = self.keep_alive and not self.server.is_stopping
@@ -2934,9 +2944,9 @@ class Server(contextlib.AbstractContextManager):
 
     async def _hang_up(self):
         """Close all connections, those with an answer on its way a moment later."""
-        for task, connection in self.connections.items():
+        for connection in self.connections.values():
             if connection.is_idle:
-                task.cancel()
+                connection.transport.close()  # once its last answer is written
         if self.connections:
             await asyncio.wait(self.connections, timeout=min(1.0, self.timeout))
         for task in self.connections:

@@ -518,6 +518,20 @@ def test_expect_100_continue(server):
     assert received.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
 
 
+def test_http_1_0_knows_no_100_continue(server):
+    received = raw(server, post({"prompt": "x"}, headers="Expect: 100-continue\r\n").replace(b"HTTP/1.1", b"HTTP/1.0"))
+    assert status_of(received) == 200
+
+
+@pytest.mark.parametrize("surplus", [0, 1])
+def test_the_longest_head_there_may_be(serving, surplus):
+    """Blank line and all: what may come before the loop reads no more has room for it and the longest body."""
+    head, _, body = post({"prompt": "x", "max_tokens": 1}).partition(b"\r\n\r\n")
+    padding = nanoserve.MAX_HEAD - len(head) - len(b"\r\nX: \r\n\r\n") + surplus
+    received = raw(serving(max_body=len(body)), head + b"\r\nX: " + b"x" * padding + b"\r\n\r\n" + body)
+    assert status_of(received) == (431 if surplus else 200)
+
+
 def test_an_answer_to_head_has_no_body(server):
     received = raw(server, b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\n" + load.http("GET", "/health"))
     head, _, rest = received.partition(b"\r\n\r\n")
@@ -579,6 +593,56 @@ def test_a_client_that_sends_ahead_gets_one_answer_and_is_hung_up_on(serving, at
         gate.open(1)
         received = b"".join(iter(lambda: client.recv(65536), b""))
     assert received.count(b"HTTP/1.1") == 1 and b"\r\nConnection: close\r\n" in received and b'"usage"' in received
+
+
+def test_one_that_sends_many_requests_ahead_takes_turns_with_others(serving, monkeypatch):
+    server, seen, go = serving(), [], threading.Event()
+    route = server.route
+    monkeypatch.setattr(server, "route", lambda method, path, headers: (seen.append(path), route(method, path, headers))[1])
+    with contextlib.ExitStack() as stack:
+        greedy, other = (stack.enter_context(socket.create_connection(("127.0.0.1", port_of(server)), PATIENCE))
+                         for _ in range(2))
+        until(lambda: len(server.connections) == 2)
+        settle(server)
+        server.loop.call_soon_threadsafe(go.wait, PATIENCE)  # until then the loop sees nothing
+        greedy.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+        other.sendall(load.http("GET", "/v1/models"))
+        go.set()
+        assert other.recv(65536)
+        assert seen.index("/v1/models") < 50
+        until(lambda: len(seen) == 101)
+
+
+@pytest.mark.parametrize("how", ["close", "half-close", "half-close, having sent ahead", "the server stops"])
+def test_who_still_reads_gets_the_end_of_the_answer(serving, how):
+    """All of it is written, but not sent yet, when the server is to hang up or to stop, or the client asks for no more."""
+    server = serving()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(PATIENCE)
+        client.connect(("127.0.0.1", port_of(server)))
+        (connection,) = until(lambda: list(server.connections.values()))
+        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        request = post({"tokens": [70] * 60_000}, "/detokenize")
+        client.sendall((request if how == "close" else request.replace(b"Connection: close\r\n", b"")) +
+                       b"\r\n" * ("ahead" in how))
+        until(connection.transport.get_write_buffer_size)
+        settle(server)
+        assert not connection.is_full  # its task goes on
+        if how == "the server stops":
+            closing = threading.Thread(target=server.close)
+            closing.start()
+            until(connection.transport.is_closing)
+        elif how != "close":
+            client.shutdown(socket.SHUT_WR)
+            until(lambda: connection.has_left)
+            settle(server)
+        received = b""
+        with contextlib.suppress(ConnectionResetError):
+            received = b"".join(iter(lambda: client.recv(65536), b""))
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert len(body) == int(re.search(rb"Content-Length: (\d+)", head)[1]) > 60_000
+    until(lambda: not server.connections)
 
 
 def test_http_1_0_gets_a_stream_without_chunks(server):
