@@ -528,16 +528,16 @@ def _paged_attention_cuda(cuda, q, k_cache, v_cache, k_scales, v_scales, block_t
 
 
 def edit_logits(logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, bias: torch.Tensor,
-                divide: torch.Tensor, subtract: torch.Tensor) -> torch.Tensor:
-    """logits [S, V] with single entries changed; biases, bans and penalties are all of this form. Returns a new tensor.
+                divide: torch.Tensor, subtract: torch.Tensor) -> None:
+    """Change single entries of logits [S, V], contiguous, in place; biases, bans and penalties are all of this form.
 
     Entry (rows[i], tokens[i]) gets bias[i] added (-inf bans it), is moved towards "unlikely" by the factor divide[i]
     (repetition penalty: positive logits are divided, negative ones multiplied, arXiv:1909.05858), and loses subtract[i]
     (presence and frequency penalty). No entry may be named twice.
     """
-    picked = logits[rows, tokens] + bias
-    picked = torch.where(picked > 0, picked / divide, picked * divide) - subtract
-    return logits.index_put((rows, tokens), picked)
+    entries, at = logits.view(-1), rows * logits.shape[1] + tokens
+    picked = entries[at] + bias
+    entries[at] = torch.where(picked > 0, picked / divide, picked * divide) - subtract
 
 
 def token_probabilities(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor,

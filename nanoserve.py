@@ -852,7 +852,9 @@ class Edits:
         tokens, changes = self.entries(token_ids)
         columns = torch.from_numpy(changes).to(logits.dtype).to(logits.device).T
         tokens = torch.from_numpy(tokens).to(logits.device)
-        return kernels.edit_logits(logits[None], torch.zeros_like(tokens), tokens, *columns)[0]
+        logits = logits.clone()
+        kernels.edit_logits(logits[None], torch.zeros_like(tokens), tokens, *columns)
+        return logits
 
     def entries(self, token_ids: list[int], drafts: list[int] = ()) -> tuple[np.ndarray, np.ndarray]:
         """After these tokens, and drafts that may turn out wrong: tokens int64 [n], and bias, divide, subtract [n, 3]."""
@@ -1742,15 +1744,13 @@ class LLM:
                 parts.append(request.edits.entries(request.tokens, request.drafts[:num_drafts]))
                 rows.append(i)
         users = [i for i, (request, *_) in enumerate(samplers) if request.params.logits_processor]
-        if rows or users:
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if rows or users:  # a copy, as what a user's function is given, it may write into
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).contiguous()
         if rows:
             rows = np.repeat(rows, [len(tokens) for tokens, _ in parts])
             where = torch.from_numpy(np.array([rows, np.concatenate([tokens for tokens, _ in parts])]))
             changes = torch.from_numpy(np.concatenate([changes for _, changes in parts]).T).to(logits.dtype)
-            logits = kernels.edit_logits(logits, *where.to(logits.device), *changes.to(logits.device))
-        elif users:
-            logits = logits.clone()  # what a function is given, it may write into
+            kernels.edit_logits(logits, *where.to(logits.device), *changes.to(logits.device))
         for i in users:
             request, _, num_drafts = samplers[i]
             try:

@@ -171,7 +171,7 @@ best = formulas["all four terms"]
 print("~ a step takes {:.0f} us, {:.1f} per token, {:.3f} per token of context and {:.3f} per pair".format(*1e6 * best))
 print("~ the same steps took", ", ".join(f"{sum(run.seconds):.3f}" for run in runs), "s; no formula can err less than that")
 points = {}
-for kind, jobs in (("assistant", short), ("summarize", long[::2])):
+for kind, jobs in (("assistant", short), ("summarization", long[::2])):
     offline = simulate([job._replace(at=0.0) for job in jobs], best, blocks=BLOCKS)[0]
     rate = 0.6 * len(jobs) / max(r.times[-1] for r in offline)
     jobs = [job._replace(at=job.at / rate) for job in jobs]
@@ -191,7 +191,7 @@ with book.figure(args, "ch03_measuring", columns=3, size=(11, 3.4)) as axes:
     if axes is not None:
         left, middle, right = axes
         near = [i for i, job in enumerate(asked) if 1700 < job.at < 3300]
-        for name, style, colour in zip(reversed(waits), ("-", "--", "-"), (book.BLUE, book.ORANGE, book.RED)):
+        for name, style, colour in zip(reversed(waits), ("-", "--", ":"), (book.BLUE, book.ORANGE, book.RED)):
             left.plot([asked[i].at for i in near], [waits[name][i] for i in near], style, color=colour, label=name)
         left.set(title="Who was seen waiting", xlabel="when it was due", ylabel="time to first token", ylim=(-15, 600))
         left.legend(fontsize=9, loc="upper right")
@@ -201,7 +201,7 @@ with book.figure(args, "ch03_measuring", columns=3, size=(11, 3.4)) as axes:
             middle.plot(list(loads), [100 * x[i] / most for x in loads.values()], style, color=colour, label=name)
         middle.set(title="Full is not good", xlabel="load, % of capacity", ylabel="% of the most", ylim=(0, 105))
         middle.legend(fontsize=9, loc="lower left")
-        for name, colour, mark in zip(("assistant, all four terms", "summarize, all four terms", "summarize, tokens alone"),
+        for name, colour, mark in zip(("assistant, all four terms", "summarization, all four terms", "summarization, tokens alone"),
                                       (book.SKY, book.BLUE, book.RED), "^so"):
             told = [(1e3 * r.total, 1e3 * s.total) for r, s in points[name]]
             right.plot(*zip(*told), mark, color=colour, markersize=4, label=name)
