@@ -201,8 +201,9 @@ with book.figure(args, "ch03_measuring", columns=3, size=(11, 3.4)) as axes:
             middle.plot(list(loads), [100 * x[i] / most for x in loads.values()], style, color=colour, label=name)
         middle.set(title="Full is not good", xlabel="load, % of capacity", ylabel="% of the most", ylim=(0, 105))
         middle.legend(fontsize=9, loc="lower left")
-        for name, colour, mark in zip(("assistant, all four terms", "summarization, all four terms", "summarization, tokens alone"),
-                                      (book.SKY, book.BLUE, book.RED), "^so"):
+        for name, colour, mark in (("assistant, all four terms", book.SKY, "^"),
+                                   ("summarization, all four terms", book.BLUE, "s"),
+                                   ("summarization, tokens alone", book.RED, "o")):
             told = [(1e3 * r.total, 1e3 * s.total) for r, s in points[name]]
             right.plot(*zip(*told), mark, color=colour, markersize=4, label=name)
         ticks = [20, 50, 100, 200, 500]
