@@ -44,6 +44,7 @@ import platform
 import queue
 import random
 import re
+import secrets
 import signal
 import statistics
 import sys
@@ -1153,8 +1154,8 @@ class InFlight:
     """
 
     def __init__(self, requests: list[Request], tokens: torch.Tensor):
-        self.requests, self.tokens, self._copied = requests, tokens, None
         self.row = {request: i for i, request in enumerate(requests)}
+        self.tokens, self._copied = tokens, None
         self._host = tokens.to("cpu", non_blocking=tokens.is_cuda)  # elsewhere there is no event to wait for
         if tokens.is_cuda:
             self._copied = torch.cuda.current_stream(tokens.device).record_event()
@@ -1581,7 +1582,7 @@ class LLM:
             return changed
         tokens = self._in_flight.read()
         self.watch.lap("wait")
-        for request, token in zip(self._in_flight.requests, tokens):
+        for request, token in zip(self._in_flight.row, tokens):
             if request.status != FINISHED:
                 self.scheduler.sampled(request)
                 self._append(request, token, None)
@@ -1601,7 +1602,7 @@ class LLM:
         trusted, so their blocks leave the prefix index. If it failed before there was a plan, nobody is spared.
         """
         planned = [request for request, _ in self._plan] or [*self.scheduler.running, *self.scheduler.waiting]
-        planned += self._in_flight.requests if self._in_flight else []
+        planned += self._in_flight.row if self._in_flight else ()
         self._in_flight = None
         concerned = list(dict.fromkeys(chain(*(request.samples for request in planned))))
         for request in concerned:
@@ -1717,7 +1718,7 @@ class LLM:
 
     def draw(self, samplers: list[tuple[Request, int, int]], logits: torch.Tensor) -> torch.Tensor:
         """Tokens [S] int64, one for each row of edited logits [S, V]; -1 where they make no sense (NaN, or nothing left to
-        choose). Nobody waits for the device.
+        choose). With the compiled kernels nobody waits for the device.
 
         Row i belongs to samplers[i]: a request, which of its samples, and how many of its drafts stand before the token.
         Whether those drafts are true or not, the token is what would be sampled if they were.
@@ -2504,7 +2505,7 @@ class Answer:
         self.job, self.tokenizer = job, tokenizer
         kind = ("chat.completion" + ".chunk" * job.stream) if job.is_chat else "text_completion"
         # The end of the id says which request of the engine this is, the first of them: the page shows them by number.
-        name = f"{'chatcmpl' if job.is_chat else 'cmpl'}-{random.getrandbits(96):024x}-{job.requests[0].arrival}"
+        name = f"{'chatcmpl' if job.is_chat else 'cmpl'}-{secrets.token_hex(12)}-{job.requests[0].arrival}"
         self.frame = {"id": name, "object": kind, "created": int(time.time()), "model": model}
         self.choices: list[Choice] = []
         for source, prompt in zip(job.source, job.prompts):
@@ -3424,6 +3425,13 @@ class TransformersPeer:
                 raise RuntimeError("transformers' generation thread ended early")
 
 
+def named_workload(args: argparse.Namespace, longest: int, vocab: int) -> list[tuple[float, list[int], int]]:
+    """What bench's options ask for, as `run_workload` takes it; requests of at most `longest` tokens."""
+    more = {"uniform": (args.input_len, args.output_len)} if args.workload == "uniform" else {"longest": longest}
+    jobs = workload(args.workload, args.requests, args.seed, scale=args.scale, rate=args.rate, burst=args.burst, **more)
+    return [(job.at, token_ids(job.prompt, f"{args.seed} {job.text}", vocab), job.output) for job in jobs]
+
+
 def bench(args: argparse.Namespace) -> None:
     """Measure throughput and latency on a synthetic workload, and say what share of this machine's roofline that is."""
     import resource
@@ -3439,11 +3447,7 @@ def bench(args: argparse.Namespace) -> None:
     model = None if folder else GPT(config, dtype, device, args.max_model_len, args.quantize).randomize(args.seed)
     llm = make_llm(args, model)
     vocab = llm.model.config.vocab_size
-    more = {"uniform": (args.input_len, args.output_len)} if args.workload == "uniform" else {"longest": llm.longest_request}
-    jobs = workload(args.workload, args.requests, args.seed, scale=args.scale, rate=args.rate, burst=args.burst, **more)
-    work = [(job.at, token_ids(job.prompt, f"{args.seed} {job.text}", vocab), job.output) for job in jobs]
-    if args.nano_vllm:
-        work = nano_vllm_workload(vocab, args.seed)
+    work = nano_vllm_workload(vocab, args.seed) if args.nano_vllm else named_workload(args, llm.longest_request, vocab)
     num_in, num_out = sum(len(prompt) for _, prompt, _ in work), sum(tokens for *_, tokens in work)
     come = f"over {work[-1][0]:.1f} s" if work[-1][0] else "all submitted at once"
     print(f"{llm.describe()}\n{len(work)} requests, {num_in:,} tokens in, {num_out:,} out, greedy, {come}")
@@ -3554,6 +3558,21 @@ def parse_range(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    """What to measure."""
+    parser.add_argument("--shape", default="gpt2", choices=SHAPES, help="without --model: random weights (gpt2)")
+    parser.add_argument("--requests", type=positive, default=32, help="how many (32)")
+    parser.add_argument("--workload", default="uniform", choices=["uniform", *WORKLOADS], help="their lengths (uniform)")
+    parser.add_argument("--input-len", type=parse_range, default="16..256", help="uniform: in prompts (16..256)")
+    parser.add_argument("--output-len", type=parse_range, default="16..256", help="uniform: in answers (16..256)")
+    parser.add_argument("--scale", type=float, default=1.0, help="divide the others' lengths, for a small model (1)")
+    parser.add_argument("--rate", type=float, default=math.inf, help="requests a second (all at once)")
+    parser.add_argument("--burst", type=float, default=1.0, help="deviation over mean of their gaps (1, Poisson)")
+    parser.add_argument("--nano-vllm", action="store_true", help="nano-vLLM's 256 requests instead")
+    parser.add_argument("--runs", type=positive, default=3, help="the median of these is printed (3)")
+    parser.add_argument("--compare", choices=["transformers"], help="run the same through this, in turn")
+
+
 def parser_for(command: str) -> argparse.ArgumentParser:
     """The options of one command."""
     about = {"complete": "Complete a prompt and print the text as it comes.", "chat": "Talk to the model.",
@@ -3583,17 +3602,7 @@ def parser_for(command: str) -> argparse.ArgumentParser:
     engine.add_argument("--no-overlap", action="store_true", help="on a GPU: read a step's tokens before planning the next")
     engine.add_argument("--seed", type=int, default=0 if command == "bench" else None, help="same seed, same text")
     if command == "bench":
-        parser.add_argument("--shape", default="gpt2", choices=SHAPES, help="without --model: random weights (gpt2)")
-        parser.add_argument("--requests", type=positive, default=32, help="how many (32)")
-        parser.add_argument("--workload", default="uniform", choices=["uniform", *WORKLOADS], help="their lengths (uniform)")
-        parser.add_argument("--input-len", type=parse_range, default="16..256", help="uniform: in prompts (16..256)")
-        parser.add_argument("--output-len", type=parse_range, default="16..256", help="uniform: in answers (16..256)")
-        parser.add_argument("--scale", type=float, default=1.0, help="divide the others' lengths, for a small model (1)")
-        parser.add_argument("--rate", type=float, default=math.inf, help="requests a second (all at once)")
-        parser.add_argument("--burst", type=float, default=1.0, help="deviation over mean of their gaps (1, Poisson)")
-        parser.add_argument("--nano-vllm", action="store_true", help="nano-vLLM's 256 requests instead")
-        parser.add_argument("--runs", type=positive, default=3, help="the median of these is printed (3)")
-        parser.add_argument("--compare", choices=["transformers"], help="run the same through this, in turn")
+        add_bench_options(parser)
         return parser
     if command == "serve":
         parser.add_argument("--policy", choices=POLICIES, default="priority", help="who goes first (priority)")

@@ -13,6 +13,9 @@ A draft is a guess at a token that is not there yet, computed all the same: a re
 tokens in the same step, and samples k + 1 times instead of once. A guess that comes true is a token that is computed
 already: the request has caught up again (`accept`). Drafts only fill what a step has left over, see `_plan_drafts`.
 
+Whoever drives the queue may plan a step before it has read what the last one sampled: the next token then counts, unknown
+as it is (`num_pending`), and is computed in its turn (see `advance`).
+
                      add                 schedule                    advance, append
         (client) ───────────► waiting ───────────────► running ───────────────────────────► finished
                                  ▲                        │
@@ -22,7 +25,8 @@ The hypotheses of a beam search wait for each other: those that are ready early 
 and `branch` gives each its next tokens.
 
 Invariants (numbered as the tests quote them):
-  1. 0 <= num_computed <= len(tokens); a step computes (tokens + drafts)[num_computed : num_computed + n], n >= 1.
+  1. 0 <= num_computed <= len(tokens); a step computes (tokens + drafts)[num_computed : num_computed + n], n >= 1; a pending
+     token stands behind `tokens`, and has no drafts.
   2. A request samples in a step exactly when that step brings it to len(tokens), and once more for each draft accepted.
   3. The block table covers num_computed + n tokens before the step runs.
   7. The n of a step add up to at most the token budget; running requests <= their limit; running go before waiting.

@@ -136,6 +136,18 @@ def raw(server, data: bytes, half_close=False) -> bytes:
         return received
 
 
+@contextlib.contextmanager
+def narrow(server):
+    """A client and its connection, the server's only one. Their sockets hold next to nothing, so that answers pile up."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(PATIENCE)
+        client.connect(("127.0.0.1", port_of(server)))
+        (connection,) = until(lambda: list(server.connections.values()))
+        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        yield client, connection
+
+
 def post(body, path="/v1/completions", headers="") -> bytes:
     """A request's bytes."""
     return load.http("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode(), headers)
@@ -617,12 +629,7 @@ def test_one_that_sends_many_requests_ahead_takes_turns_with_others(serving, mon
 def test_who_still_reads_gets_the_end_of_the_answer(serving, how):
     """All of it is written, but not sent yet, when the server is to hang up or to stop, or the client asks for no more."""
     server = serving()
-    with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.settimeout(PATIENCE)
-        client.connect(("127.0.0.1", port_of(server)))
-        (connection,) = until(lambda: list(server.connections.values()))
-        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    with narrow(server) as (client, connection):
         request = post({"tokens": [70] * 60_000}, "/detokenize")
         client.sendall((request if how == "close" else request.replace(b"Connection: close\r\n", b"")) +
                        b"\r\n" * ("ahead" in how))
@@ -742,12 +749,7 @@ def test_who_reads_slowly_holds_up_nobody_and_gets_everything(serving, monkeypat
     body = {"prompt": PROMPT, "max_tokens": 100, "n": 8, "stream": True, "logprobs": 400, "temperature": 0,
             "ignore_eos": True}
 
-    with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.settimeout(PATIENCE)
-        client.connect(("127.0.0.1", port_of(server)))
-        (connection,) = until(lambda: list(server.connections.values()))
-        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    with narrow(server) as (client, connection):
         buffered = connection.transport.get_write_buffer_size
         client.sendall(post(body))
         until(lambda: gate.entered)
