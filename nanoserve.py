@@ -1179,7 +1179,8 @@ class LLM:
     device: "auto" (CUDA where there is one, else the CPU), "cuda", "cpu", "mps"; dtype: "auto" or a name in DTYPES
     quantize: None, "int8" or "int4": round weights to so many bits while loading (not embeddings, norms and routers)
     kv_dtype: "auto" (as the model computes), "bfloat16" or "int8": keys and values rounded to fewer bits, so that more fit
-    kv_memory: bytes for the KV cache, or a fraction of the free memory below 1; None: 0.85 on a GPU, 1 GiB elsewhere
+    kv_memory: bytes for the KV cache, or a fraction below 1 of the memory that is free, on a GPU after one step as large as
+        can be; None: 0.85 on a GPU, 1 GiB elsewhere
     max_batch_tokens: the token budget of a step; max_batch_requests: how many requests run at once (256, or the budget)
     policy: "fcfs", "priority", "shortest", "mlfq", "fair", a scheduler.Policy, or a function of a Request whose smallest
         value goes first
@@ -1236,6 +1237,8 @@ class LLM:
             raise ValueError(f"kv_dtype: on a GPU bfloat16 needs models in bfloat16, not {str(wider[0])[6:]}")
         block_bytes = sum(KVCache.bytes_per_block(c.num_layers, block_size, c.num_kv_heads, c.head_dim,
                                                   (kv_dtype or m.dtype).itemsize) for m in models for c in (m.config,))
+        if self.device.type == "cuda":  # first, so that what this takes is not given to the cache
+            self._compute_the_largest_step(kv_dtype, block_size, max_batch_tokens, max_batch_requests)
         num_blocks = self._num_blocks(block_bytes, kv_memory, block_size, max_batch_requests)
         num_slots = self._num_host_slots(block_bytes, swap_memory)
         self.pool = BlockPool(num_blocks, block_size, prefix_caching, num_slots)
@@ -1347,6 +1350,32 @@ class LLM:
             seconds.append(time.perf_counter() - start)
         self.pool.release(request.block_table)
         return seconds[0] / n, seconds[1] / len(pairs)
+
+    @torch.inference_mode()
+    def _compute_the_largest_step(self, kv_dtype, block_size, max_batch_tokens, max_batch_requests):
+        """Compute as many tokens of as many requests as a step can have, before there is a cache: all in one scratch block.
+        What this takes of the memory stays with torch for the steps to come, and kernels are compiled.
+        """
+        c, num_requests = self.model.config, min(max_batch_requests, max_batch_tokens)
+        each = min(self.max_model_len, max_batch_tokens // num_requests)
+
+        def ints(values, dtype=torch.int64):
+            return torch.as_tensor(values, dtype=dtype, device=self.device)
+
+        query_start = ints(range(0, num_requests * each + 1, each), torch.int32)
+        positions = ints(range(each)).repeat(num_requests)
+        tables = ints([[SCRATCH] * -(-each // block_size)] * num_requests, torch.int32)
+        batch = Batch(torch.zeros_like(positions), positions, positions % block_size, tables,
+                      ints([each] * num_requests, torch.int32), query_start, query_start[1:].long() - 1)
+        no, all_of = torch.zeros(num_requests, device=self.device), torch.ones(num_requests, device=self.device)
+        try:
+            cache = KVCache(c.num_layers, 1, block_size, c.num_kv_heads, c.head_dim, kv_dtype or self.model.dtype,
+                            self.device)
+            logits = self.model.forward(batch, cache).float()  # as edits need them
+            kernels.sample(logits, no, no.long(), all_of, no, no.double())
+        except torch.OutOfMemoryError:
+            raise ValueError(f"max_batch_tokens: there is no memory for a step of {num_requests * each:,} tokens of "
+                             f"{num_requests} requests; lower it, or max_batch_requests") from None
 
     def _num_blocks(self, block_bytes, kv_memory, block_size, max_batch_requests) -> int:
         device = self.device

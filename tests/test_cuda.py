@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import kernels
-from nanoserve import LLM, DecodeGraphs, KVCache, SamplingParams
+from nanoserve import GPT, LLM, SHAPES, DecodeGraphs, KVCache, ModelConfig, SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tutorial"))
 import cuda_on_cpu  # noqa: E402
@@ -353,6 +353,19 @@ def test_gpu_memory_returns_to_its_start():
         return torch.cuda.memory_allocated()
 
     assert run(100) == run(1000)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_the_cache_leaves_room_for_the_largest_step():
+    """Graphs aside, all that is free after a largest step can be given to the cache; then there is room for one more."""
+    torch.cuda.empty_cache()
+    config = ModelConfig.from_dict(SHAPES["qwen3-0.6b"])
+    model = GPT(config, torch.bfloat16, "cuda").randomize(0)
+    llm = LLM(model, kv_memory=0.98, max_batch_tokens=16384, max_batch_requests=1024, graphs=False)
+    prompts = [[1, 2, *range(3, 17)] for _ in range(1024)]
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True, presence_penalty=1.0))
+    assert all(len(out.token_ids) == 2 for out in outputs)
 
 
 # ---- what the emulation notices ----

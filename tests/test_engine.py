@@ -923,3 +923,30 @@ def test_a_shorter_rope_table_shortens_the_model():
         LLM(short, kv_memory=1 << 20, max_model_len=17)
     with pytest.raises(ValueError, match="16"):
         LLM(short, kv_memory=1 << 20).add_request([1] * 15, replace(GREEDY, max_tokens=2))
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+def test_the_largest_step_is_as_large_as_the_limits(monkeypatch, kv_dtype):
+    """On a GPU it is computed before the cache is made, and that gets a share of what is then left."""
+    llm, batches, logits = engine(max_model_len=40), [], []
+    forward, sample = llm.model.forward, kernels.sample
+    monkeypatch.setattr(llm.model, "forward", lambda batch, cache: (batches.append(batch), forward(batch, cache))[1])
+    monkeypatch.setattr(kernels, "sample", lambda rows, *options: (logits.append(rows), sample(rows, *options))[1])
+    for budget, most, each in ((64, 16, 4), (70, 16, 4), (5, 16, 1), (200, 4, 40)):
+        llm._compute_the_largest_step(kv_dtype, 4, budget, most)
+        batch = batches.pop()
+        assert batch.context_lens.tolist() == batch.query_start.diff().tolist() == [each] * min(budget, most)
+        assert len(batch.tokens) == len(batch.positions) == each * min(budget, most) and batch.positions.max() == each - 1
+        assert batch.slots.max() < 4 and not batch.block_tables.any() and batch.block_tables.shape[1] * 4 >= each
+        assert len(logits.pop()) == min(budget, most) and not llm.pool.stats()["blocks_used"]
+
+
+def test_a_step_without_memory_names_the_knobs(monkeypatch):
+    llm = engine()
+
+    def fail(batch, cache):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(llm.model, "forward", fail)
+    with pytest.raises(ValueError, match="max_batch_tokens: there is no memory for a step of 64 tokens of 16 requests"):
+        llm._compute_the_largest_step(None, 4, 64, 16)
