@@ -1,23 +1,29 @@
 """One command for a machine with a GPU: runs the GPU tests, then measures all that the README's GPU table wants to know.
 
-    python tests/gpu_report.py              # prints as it goes; about ten minutes
-    python tests/gpu_report.py --kernels    # without the tests and the engine's figures
-    python tests/gpu_report.py --tiny       # small sizes on whatever device there is: shows only that the script runs
+    python tests/gpu_report.py                   # prints as it goes; a quarter of an hour
+    python tests/gpu_report.py tests kernels     # or only these parts of it: tests, kernels, engine, start
+    python tests/gpu_report.py --tiny            # small sizes on whatever device there is: shows only that the script runs
+
+"start" writes a checkpoint of the 8B shape into the folder for temporary files, 16 GB, and reads it once before it counts.
 
 Kernels are timed by the device's own clock, after a warm-up, as the median of several runs, over buffers too large for the
 L2 cache. Shares are of the bandwidth of a large copy, or of the rate of a large product, measured here on the same device.
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
+PARTS = ["tests", "kernels", "engine", "start"]
 sys.path.insert(0, str(ROOT))
 import kernels  # noqa: E402
 import nanoserve  # noqa: E402
@@ -166,15 +172,38 @@ def command(*words: str) -> None:
     subprocess.run([sys.executable, *words], cwd=ROOT, check=False)
 
 
-def main(tiny: bool, only_kernels: bool) -> None:
-    """Print everything."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, commit {commit.strip() or 'unknown'}"
-          + (", TINY: these figures mean nothing" if tiny else ""))
-    if not (tiny or only_kernels):
-        command("-m", "pytest", "-m", "gpu")
+def save_random(folder: Path, shape: dict, device) -> None:
+    """A checkpoint of this shape with random weights in bfloat16, as `nanoserve.load` reads it."""
+    (folder / "config.json").write_text(json.dumps({**shape, "dtype": "bfloat16"}))
+    tensors = {}
+    for name, place in nanoserve.layout(nanoserve.ModelConfig.from_dict(shape)).items():
+        weight = torch.empty(place.num_rows, *place.shape[1:], dtype=torch.bfloat16, device=device).normal_(0, 0.02)
+        tensors[name] = weight.cpu()
+    save_file(tensors, folder / "model.safetensors")
+
+
+FIRST_TOKEN = """
+import sys
+from nanoserve import LLM, SamplingParams
+llm = LLM(sys.argv[1], max_model_len=1024)
+request = llm.add_request([1] * 32, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+while not request.num_output:
+    llm.step()
+"""
+
+
+def start_to_first_token(folder: Path, runs: int) -> list[float]:
+    """Seconds of new processes that load the checkpoint and generate a token; the first, which warms up, is left out."""
+    times = []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", FIRST_TOKEN, folder], cwd=ROOT, check=True)
+        times.append(time.perf_counter() - start)
+    return times[1:]
+
+
+def measure_kernels(device, tiny: bool) -> None:
+    """Each kernel against the device's own bandwidth or rate."""
     bandwidth = copy_bandwidth(device, 1 << (16 if tiny else 31))
     print(f"large copy: {bandwidth / 1e9:,.0f} GB/s read and written")
     rate = matrix_rate(device, 64 if tiny else 8192)
@@ -198,8 +227,10 @@ def main(tiny: bool, only_kernels: bool) -> None:
                 f"{low} {taken['bf16'] / taken[low]:.2f} times as fast" for low in ("int8", "int4")))
     for what, taken in sampling(device, *(4, 100) if tiny else (256, 152_000)).items():
         print(f"sample, {what}: {taken * 1e6:,.0f} us")
-    if only_kernels:
-        return None
+
+
+def measure_engine(device, tiny: bool) -> None:
+    """Whole steps, and what bench and the report on speculation say."""
     for overlap in (True, False):
         shape, requests, steps = ("qwen3-small", 2, 2) if tiny else ("qwen3-0.6b", 256, 50)
         idle, taken = idle_share(device, shape, requests, overlap, steps)
@@ -213,13 +244,36 @@ def main(tiny: bool, only_kernels: bool) -> None:
     for low in ([], ["--quantize", "int8"], ["--quantize", "int4"]):
         command("nanoserve.py", "bench", "--shape", "llama-3.1-8b", "--requests", "1", "--input-len", "128",
                 "--output-len", "256", "--max-model-len", "8192", *low)
+    command("tests/speculation_report.py", "time", "--shape", "llama-3.1-8b", "--runs", "3")
     command("nanoserve.py", "bench", "--shape", "llama-3.1-8b", "--requests", "8", "--input-len", "4096",
             "--output-len", "1", "--max-model-len", "8192")
 
 
+def main(tiny: bool, parts: list[str]) -> None:
+    """Print everything."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, commit {commit.strip() or 'unknown'}"
+          + (", TINY: these figures mean nothing" if tiny else ""))
+    if "tests" in parts and not tiny:
+        command("-m", "pytest", "-m", "gpu")
+    if "kernels" in parts:
+        measure_kernels(device, tiny)
+    if "engine" in parts:
+        measure_engine(device, tiny)
+    if "start" in parts:
+        with tempfile.TemporaryDirectory() as folder:
+            save_random(Path(folder), nanoserve.SHAPES["qwen3-small" if tiny else "llama-3.1-8b"], device)
+            times = start_to_first_token(Path(folder), 1 if tiny else 3)
+        print(f"from start to first token: {statistics.median(times):.1f} s ({', '.join(f'{t:.1f}' for t in times)})")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help="of these: " + " ".join(PARTS))
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--kernels", action="store_true")
     args = parser.parse_args()
-    main(args.tiny, args.kernels)
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"there is no {', '.join(sorted(unknown))}")
+    main(args.tiny, args.parts or PARTS)

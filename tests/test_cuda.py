@@ -736,5 +736,5 @@ def test_the_report_for_gpus_runs():
     assert done.returncode == 0, done.stderr
     assert "these figures mean nothing" in done.stdout
     for line in ("large copy: ", "large product: ", "prompt attention, 2 x 40: ", "decode attention, 1 x 300: ",
-                 "product 8 x 128 x 48: bf16 ", "sample, all three: ", "peak memory "):
+                 "product 8 x 128 x 48: bf16 ", "sample, all three: ", "peak memory ", "from start to first token: "):
         assert line in done.stdout, done.stdout + done.stderr
