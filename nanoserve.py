@@ -928,7 +928,7 @@ class BeamSearch:
     def __init__(self, request: Request, stop_ids: frozenset):
         self.request, self.stop_ids = request, stop_ids
         self.scores = {request: 0.0}  # those that go on: the sum of their log-probabilities
-        # Those that are ready: {next token: its log-probability}, or None if their logits make no sense.
+        # Those that are ready: {next token: its log-probability}, empty at a dead end, None if their logits make no sense.
         self.options: dict[Request, dict[int, float] | None] = {}
         self.ended: list[tuple[float, float, list[int], str]] = []  # best first: (rank, score, tokens, finish reason)
 
@@ -1367,12 +1367,12 @@ class LLM:
         tables = ints([[SCRATCH] * -(-each // block_size)] * num_requests, torch.int32)
         batch = Batch(torch.zeros_like(positions), positions, positions % block_size, tables,
                       ints([each] * num_requests, torch.int32), query_start, query_start[1:].long() - 1)
-        no, all_of = torch.zeros(num_requests, device=self.device), torch.ones(num_requests, device=self.device)
+        zeros = torch.zeros(num_requests, device=self.device)
         try:
             cache = KVCache(c.num_layers, 1, block_size, c.num_kv_heads, c.head_dim, kv_dtype or self.model.dtype,
                             self.device)
             logits = self.model.forward(batch, cache).float()  # as edits need them
-            kernels.sample(logits, no, no.long(), all_of, no, no.double())
+            kernels.sample(logits, zeros + 1, zeros.long(), zeros + 0.5, zeros, zeros.double())
         except torch.OutOfMemoryError:
             raise ValueError(f"max_batch_tokens: there is no memory for a step of {num_requests * each:,} tokens of "
                              f"{num_requests} requests; lower it, or max_batch_requests") from None
@@ -1743,6 +1743,8 @@ class LLM:
             if request.search and tokens[i] >= 0:
                 row = logits[i].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
                 logprobs[i] = top_logprobs(row, tokens[i], request.search.breadth)
+            elif request.search and (logits[i] == -math.inf).all():
+                logprobs[i] = {}  # every token is banned: nothing can follow this hypothesis
         return tokens, logprobs
 
     def draw(self, samplers: list[tuple[Request, int, int]], logits: torch.Tensor) -> torch.Tensor:
@@ -1822,10 +1824,13 @@ class LLM:
     def _go_on(self, search: BeamSearch) -> list[Request]:
         """End a round of a beam search if all its hypotheses are ready. Returns the samples if that changed them."""
         samples = search.request.samples
-        if failed := next((sample for sample, options in search.options.items() if options is None), None):
-            self._append(failed, -1, None)
+        failed = [sample for sample, options in search.options.items() if options is None]
+        if len(search.options) == len(search.scores) and not (search.ended or any(search.options.values())):
+            failed += search.options  # not one of them has anywhere to go
+        if failed:
+            self._append(failed[0], -1, None)
             for sample in samples:
-                sample.error = failed.error
+                sample.error = failed[0].error
             self.abort(search.request)
         elif len(search.options) < len(search.scores):
             for sample in search.options:

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -193,6 +194,34 @@ def test_a_hypothesis_that_fails_ends_the_search():
         llm.step()
         llm.scheduler.check()
     assert other.finish_reason == "length" and all("KeyError" in sample.error for sample in request.samples)
+    assert llm.stats()["aborted"] == 3 and is_clean(llm)
+
+
+def test_a_dead_end_leaves_the_others_alone():
+    """As guided generation has them: after some tokens nothing is allowed any more. Equal to searching all that is left."""
+    def no_way_on(token_ids, logits):
+        return logits.new_full((4,), -math.inf) if token_ids[-1] == 2 and len(token_ids) > 3 else logits
+
+    params = SamplingParams(beam_search=True, n=4, max_tokens=4, length_penalty=0.0, ignore_eos=True,
+                            logits_processor=no_way_on)
+    model = tiny(4)
+    llm = LLM(model, kv_memory=1 << 20, max_batch_requests=16)
+    outputs = llm.generate([[0, 1]], params)
+    assert {out.finish_reason for out in outputs} == {"length"} and is_clean(llm)
+    every = SamplingParams(beam_search=True, n=4**4, max_tokens=4, length_penalty=0.0, ignore_eos=True)
+    roomy = LLM(model, kv_memory=8 << 20, block_size=2, max_batch_requests=300, max_batch_tokens=900)
+    wide = roomy.generate([[0, 1]], replace(every, logits_processor=no_way_on))
+    found = [out for out in wide if out.finish_reason == "length"]
+    assert 0 < len(found) < 4**4 and all(2 not in out.token_ids[1:3] for out in found)
+    assert {tuple(out.token_ids) for out in outputs} <= {tuple(out.token_ids) for out in found}
+
+
+def test_a_search_of_nothing_but_dead_ends_says_so():
+    llm = engine()
+    params = SamplingParams(beam_search=True, n=3, max_tokens=9, ignore_eos=True, logits_processor=lambda tokens, logits:
+                            logits if len(tokens) < 5 else logits.new_full(logits.shape, -math.inf))
+    with pytest.raises(ValueError, match="every token is banned"):
+        llm.generate([[1, 2]], params)
     assert llm.stats()["aborted"] == 3 and is_clean(llm)
 
 
