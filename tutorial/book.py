@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]  # the four modules, where they are not installed
 
-from nanoserve import Arrival, token_ids, workload  # noqa: E402, F401
+from nanoserve import Arrival, ModelConfig, parameters, token_ids, workload  # noqa: E402, F401
 
 
 def options(doc: str) -> argparse.Namespace:
@@ -59,6 +59,12 @@ def bars(values: dict[str, float], unit: str = "", title: str = "") -> None:
     print("\n" + title if title else "")
     for name, value in values.items():
         print(f"  {name:<{width}}  {'#' * round(48 * value / most):<48}  {value:,.4g} {unit}".rstrip())
+
+
+def num_weights(config: ModelConfig) -> tuple[int, int]:
+    """How many weights each token is multiplied with: (in all layers together, in the output layer)."""
+    matrices = [p.shape for p in parameters(config) if p.layer is not None and len(p.shape) == 2]
+    return sum(math.prod(shape) for shape in matrices), config.vocab_size * config.hidden_size
 
 
 def quantile(values, share: float) -> float:
