@@ -50,7 +50,7 @@ def test_a_chapter_is_built_like_the_others(number):
     assert re.search(r"^PREDICT = ", source, re.MULTILINE)
     last = source.rstrip().rsplit("# %%", 1)[1].splitlines()
     assert "The claim" in last[0] and any(line.startswith("assert") for line in last)
-    assert 80 <= len(source.splitlines()) <= 350
+    assert 80 <= len(source.splitlines()) <= 245
     figure = ROOT / "tutorial" / "figures" / f"{Path(fields['file']).stem}.png"
     assert figure.stat().st_size < 100_000
 

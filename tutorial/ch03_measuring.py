@@ -64,11 +64,12 @@ book.table("tokens come | TTFT | TPOT | longest ITL | in time | experience %",
 # %% [markdown]
 # ## Coordinated omission: how measuring goes wrong
 #
-# `tutorial/simulator.py` is a page long; read it now. Queue and block pool are the engine's own, and a step takes as
-# long as a formula says: here 1 (reading the weights) and 1/64 for each token. Four clients, a request due every eight
-# steps or so, and at time 2,000 the server stands still for 400. The four that are waiting see it. All others that are
-# due meanwhile are held back *by their own client*, and in its log they never waited: client and server coordinate in
-# omitting them. Two cures: measure from when a request was due, or let no client wait.
+# `Simulator` and `serve`, in `tutorial/simulator.py`, are a page long; read them now. Queue and block pool are the
+# engine's own, and a step takes as long as a formula says: here 1 (reading the weights) and 1/64 for each token. Four
+# clients, a request due every eight steps or so, and at time 2,000 the server stands still for 400. The four that are
+# waiting see it. All others that are due meanwhile are held back *by their own client*, and in its log they never
+# waited: client and server coordinate in omitting them. Two cures: measure from when a request was due, or let no
+# client wait.
 
 # %%
 LIMITS = {"max_batch_tokens": 64, "max_batch_requests": 16, "max_model_len": 1000}

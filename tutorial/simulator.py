@@ -1,11 +1,12 @@
 """A discrete-event simulator: the engine's own queue and block pool, and instead of the model a formula for seconds.
 
 `serve` sends requests to a `Simulator`, or to the `Engine` itself, and writes down when the tokens came. Chapter 03 holds
-one against the other. Times are in whatever unit the formula has.
+one against the other. Times are in whatever unit the formula has. `run` is `serve` as chapters 07 and 08 use it.
 """
 
 import heapq
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import book
@@ -22,6 +23,11 @@ class Record(NamedTuple):
     sent: float
     step: int
     times: list[float]
+
+    @property
+    def ttft(self) -> float:
+        """Time to first token, from when it was due."""
+        return self.times[0] - self.due
 
 
 def work(plan: list[tuple[int, int, int]]) -> tuple[float, ...]:
@@ -51,11 +57,11 @@ class Simulator:
         self.now, self.plans, self.num_moved = 0.0, [], 0
         self.scheduler = Scheduler(pool, **limits, clock=lambda: self.now)
 
-    def add(self, ids, job, **more):
-        """What is known of the job is its prompt and, if `max_tokens` is not given, the length of its answer."""
+    def add(self, ids, job):
+        """What is known of the job: its prompt, the length of its answer, and its tenant if it has one."""
         ttft_target, itl_target = self.targets
-        more = {"max_tokens": job.output, "params": job, **more}
-        return self.scheduler.add(Request(ids, ttft_target=ttft_target, itl_target=itl_target, **more))
+        return self.scheduler.add(Request(ids, job.output, params=job, tenant=getattr(job, "tenant", None),
+                                          ttft_target=ttft_target, itl_target=itl_target))
 
     def step(self) -> list[Request]:
         """Those that got a token."""
@@ -113,3 +119,51 @@ def serve(server: Simulator | Engine, jobs: list, clients: int | None = None, sy
             if request.is_over:
                 heapq.heappush(free, server.now)
     return records
+
+
+class Run(NamedTuple):
+    """Jobs that were served: a record of each, and the server, or whatever has its `plans` and `now`."""
+
+    jobs: list
+    records: list[Record]
+    server: Simulator | Engine
+
+    @property
+    def rows(self) -> int:
+        """Tokens computed, over all steps."""
+        return sum(n for plan in self.server.plans for *_, n in plan)
+
+    @property
+    def throughput(self) -> float:
+        """Tokens out per unit of time."""
+        return sum(len(record.times) for record in self.records) / self.server.now
+
+    @property
+    def longest_gap(self) -> float:
+        """The longest time from one token to the next."""
+        return max(later - earlier for record in self.records for earlier, later in pairwise(record.times))
+
+    def waits(self, which=lambda job: True) -> list[float]:
+        """Times to first token of those jobs."""
+        return [record.ttft for job, record in zip(self.jobs, self.records) if which(job)]
+
+    def experience(self, first: float, reads: float) -> float:
+        """Mean of `book.experience`, %."""
+        total = sum(book.experience(record.due, record.times, first, reads) for record in self.records)
+        return 100 * total / len(self.records)
+
+
+# Chapters 07 and 08. What a step takes, in steps of one token: 1 for reading the weights, and 1 / 64 more for each token.
+STEP = (1, 1 / 64, 0, 0)
+PLACES = 16  # requests that run at once
+
+
+def run(jobs: list, budget: int = 64, policy="fcfs", swap: float | None = None) -> Run:
+    """Serve jobs in `PLACES` places and steps of `STEP`, with memory for all of them and nothing reused.
+
+    budget: tokens in a step; swap: what moving a block to main memory or back takes, None to compute it again
+    """
+    pool = BlockPool(4096, 16, prefix_caching=False, num_host_slots=8192 if swap else 0)
+    server = Simulator(STEP, pool, swap=swap or 0.0, policy=policy, max_batch_tokens=budget,
+                       max_batch_requests=PLACES, max_model_len=1024)
+    return Run(jobs, serve(server, jobs), server)
