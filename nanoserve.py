@@ -36,6 +36,7 @@ import functools
 import gc
 import hashlib
 import hmac
+import inspect
 import json
 import logging
 import math
@@ -2039,7 +2040,7 @@ def free_memory() -> int:
 MAX_HEAD = 32 << 10  # bytes of request line and headers
 MAX_ENTRIES = {"stop": 16, "stop_token_ids": 1024, "logit_bias": 1024}  # looked through in every step, for every token
 MAX_LOGPROBS = 20  # of a token; hundreds for each fill the memory, and writing them keeps the loop from all others
-SHORT_BODY, SHORT_TEXT = 64 << 10, 1000  # bytes, characters that are read at once; longer ones in a thread
+SHORT_BODY = 2000  # bytes of one that is read and tokenized at once; a longer one in a thread
 SPARE_FILES = 64  # beside the connections: the log, the model, surplus clients while they are told
 PAGE = Path(__file__).parent / "tutorial" / "page.html"
 STREAM_SHARE, STREAM_GAP = 0.025, 0.1  # of the time, for the loop thread; seconds between two events, if it can keep up
@@ -2050,7 +2051,7 @@ STEP_FAILED = "the step that computed this request failed; the server's log says
 
 SAMPLING_FIELDS = {f.name for f in fields(SamplingParams)} - {"prompt_logprobs", "logits_processor", "beam_search",
                                                               "length_penalty"}
-COMMON_FIELDS = SAMPLING_FIELDS | {"model", "stream", "stream_options", "priority", "cache_salt", "user"}
+COMMON_FIELDS = SAMPLING_FIELDS | {"stream", "stream_options", "priority", "cache_salt", "user"}
 COMPLETION_FIELDS = COMMON_FIELDS | {"prompt", "echo"}
 CHAT_FIELDS = COMMON_FIELDS | {"messages", "top_logprobs", "max_completion_tokens"}
 HARMLESS_FIELDS = {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -2070,6 +2071,14 @@ class HTTPError(Exception):
         """400 for a ValueError, whose message begins with the field's name wherever there is one."""
         named = re.match(r"(\w{1,100}): ", str(error))
         return cls(400, str(error), named and named[1])
+
+    @classmethod
+    def failure(cls, error: Exception, message: str) -> HTTPError:
+        """500 for an exception that is not meant for the client: its text may hold what is nobody's business."""
+        if isinstance(error, cls):
+            return error
+        log.error("a request failed", exc_info=error)
+        return cls(500, message)
 
     def body(self) -> dict:
         """The JSON object that OpenAI's clients expect."""
@@ -2221,7 +2230,6 @@ class Job:
     """One POST: what it asks of the engine, and the mailbox for what comes back."""
 
     def __init__(self, body: dict, is_chat: bool):
-        check_fields(body, CHAT_FIELDS if is_chat else COMPLETION_FIELDS)
         self.is_chat, self.arrived = is_chat, time.perf_counter()
         self.params = parse_sampling(body, is_chat)
         self.source = [parse_messages(body.get("messages"))] if is_chat else parse_prompts(body.get("prompt"))
@@ -2235,11 +2243,8 @@ class Job:
         if not isinstance(self.tenant, (str, type(None))):
             raise ValueError(f"user: must be a text, got {self.tenant!r}")
         self.num_samples = len(self.source) * self.params.n
-        # All of a message counts: its role and name may be long too, and thousands of empty ones make a long prompt.
-        texts = chain(*(map(str, source) if is_chat else [source] for source in self.source))
-        self.is_short = sum(len(text) for text in texts if isinstance(text, str)) < SHORT_TEXT
         self.prompts: list[list[int]] = []  # token ids, once `tokenize` has run
-        self.requests, self.num_left = [], self.num_samples  # the engine thread's
+        self.requests: list[Request] = []  # the engine thread's
         # The loop's: what came and was not yet taken, and whether there is anything.
         self.updates, self.error, self.has_news = [], None, asyncio.Event()
 
@@ -2295,7 +2300,7 @@ class EngineThread(threading.Thread):
         super().__init__(name="nanoserve engine", daemon=True)
         self.llm, self.loop, self.on_fatal = llm, loop, on_fatal
         self.commands: queue.SimpleQueue[Callable | None] = queue.SimpleQueue()  # None ends the thread
-        self.progress: dict[Request, Progress] = {}  # of all samples that have a client
+        self.progress: dict[Request, list[Progress]] = {}  # of the samples of each request that has a client
         self.over: str | None = None  # why nothing is computed any more
         self.ttft, self.itl, self.e2e = Histogram(), Histogram(), Histogram()
         self.num_prompt_tokens = self.num_failed = 0
@@ -2331,15 +2336,11 @@ class EngineThread(threading.Thread):
         return max(0.0, self.next_step - time.perf_counter()) if self.delay else 0.0
 
     def _advance(self):
-        self.next_step, before = time.perf_counter() + self.delay, self._computed()
+        counts, before = self.llm.counts, self.llm.counts.copy()
+        self.next_step = time.perf_counter() + self.delay
         self._report(self._step())
-        prefill, drafts, rows = (after - count for after, count in zip(self._computed(), before))
+        prefill, drafts, rows = (counts[name] - before[name] for name in ("prompt_tokens", "drafted", "computed_tokens"))
         self.history.append([prefill, rows - prefill - drafts, drafts])
-
-    def _computed(self) -> tuple[int, int, int]:
-        """Tokens computed so far: those of prompts, drafts, and all."""
-        counts = self.llm.counts
-        return counts["prompt_tokens"], counts["drafted"], counts["computed_tokens"]
 
     # ---- commands: the loop thread puts them ----
 
@@ -2348,21 +2349,23 @@ class EngineThread(threading.Thread):
         try:
             if self.over:
                 raise HTTPError(503, self.over)
+            n = job.params.n
             for i, prompt in enumerate(job.prompts):
                 request = self.llm.add_request(prompt, job.params, job.priority, job.cache_salt, job.tenant)
                 job.requests.append(request)
-                self.progress[request] = Progress(job, i * job.params.n, job.arrived)
+                self.progress[request] = [Progress(job, i * n + k, job.arrived) for k in range(n)]
             self.num_prompt_tokens += sum(map(len, job.prompts))
         except Exception as error:
             self.forget(job)
-            self._post([(job, HTTPError.refusal(error) if isinstance(error, ValueError) else self._failure(error))])
+            told = HTTPError.refusal(error) if isinstance(error, ValueError) else HTTPError.failure(error, STEP_FAILED)
+            self._post([(job, told)])
 
     def forget(self, job: Job) -> None:
-        """The job is over, or its client has left: abort whatever is left of it."""
+        """The job has its answer, or an error, or its client has left: abort whatever is left of it."""
         for request in job.requests:
             self.llm.abort(request)
+            self.progress.pop(request, None)
             for sample in request.samples:
-                self.progress.pop(sample, None)
                 self.unsent.pop(sample, None)
 
     def snapshot(self) -> dict[str, int]:
@@ -2411,7 +2414,7 @@ class EngineThread(threading.Thread):
         """Compute nothing any more. Those that wait are told, and have their jobs forgotten; those that come are refused."""
         self.over = reason
         news = self._news(list(self.unsent))
-        jobs = {progress.job for progress in self.progress.values()}
+        jobs = {first.job for first, *_ in self.progress.values()}
         self._post(news + [(job, HTTPError(503, reason)) for job in jobs])
         self.progress.clear()
 
@@ -2422,11 +2425,8 @@ class EngineThread(threading.Thread):
         now, urgent = time.perf_counter(), []
         are_due = self.is_paused or self.delay or now >= self.next_due  # whoever looks step by step sees every step
         for request in changed:
-            progress = self.progress.get(request)
-            if progress is None and (first := self.progress.get(request.samples[0])):
-                progress = Progress(first.job, first.index + request.sample_index, first.job.arrived)
-                self.progress[request] = progress
-            if progress is None or progress.is_over:  # its client has left, or another sample of it has failed
+            samples = self.progress.get(request.samples[0])
+            if not samples or (progress := samples[request.sample_index]).is_over:  # its client has left, or knows it all
                 continue
             if request.num_output > progress.num_output:
                 (self.itl if progress.num_output else self.ttft).observe(now - progress.last_token)
@@ -2443,20 +2443,18 @@ class EngineThread(threading.Thread):
         for request in requests:
             if (progress := self.unsent.pop(request, None)) is None:
                 continue
-            job, is_over = progress.job, request.status == FINISHED and not request.error
+            job, progress.is_over = progress.job, request.status == FINISHED
+            is_whole = progress.is_over and not request.error
             try:
-                if is_over or (job.stream and request.num_output > progress.num_sent):
+                if is_whole or (job.stream and request.num_output > progress.num_sent):
                     news.append((job, self._update(progress, request)))
-                if request.error:
+                if is_whole:
+                    self.e2e.observe(progress.last_token - job.arrived)
+                elif request.error:
                     raise HTTPError(504 if request.expired else 500, request.error)
             except Exception as error:
-                errors[job], self.num_failed = self._failure(error), self.num_failed + (not request.expired)
-                continue
-            if is_over:
-                self.e2e.observe(progress.last_token - job.arrived)
-                progress.is_over, job.num_left = True, job.num_left - 1
-                if not job.num_left:
-                    self.forget(job)
+                errors[job] = HTTPError.failure(error, STEP_FAILED)
+                self.num_failed += not request.expired
         for job in errors:
             self.forget(job)
         return [*news, *errors.items()]
@@ -2484,13 +2482,6 @@ class EngineThread(threading.Thread):
             log.error("a step failed", exc_info=error)
             return self.llm.drop_step(STEP_FAILED)
 
-    def _failure(self, error) -> HTTPError:
-        """What a client is told of an exception: not its text, which may hold what is nobody's business."""
-        if isinstance(error, HTTPError):
-            return error
-        log.error("a request failed", exc_info=error)
-        return HTTPError(500, STEP_FAILED)
-
     def _post(self, news, sets_pace=False):
         def deliver():
             for job, item in news:
@@ -2509,8 +2500,8 @@ class Choice:
     """One sample as its client sees it: the text so far, and the log-probabilities of the tokens that it shows."""
 
     def __init__(self, tokenizer: Tokenizer, echo: str, start: int):
-        self.tokenizer, self.echo, self.num_chars = tokenizer, echo, len(echo)
-        self.num_tokens, self.finish_reason = 0, None
+        self.tokenizer, self.num_tokens, self.finish_reason = tokenizer, 0, None
+        self._echo, self._num_chars = echo, 0  # what its text begins with; how much of it was taken
         self._start, self._decoder = start, codecs.getincrementaldecoder("utf-8")("replace")
         self._held: list[tuple[int, dict | None, int]] = []  # (token, log-probabilities, where in the text it starts)
 
@@ -2518,15 +2509,15 @@ class Choice:
         """The text that these add and the tokens that it shows. Tokens wait for their text: it may be held back because
         a stop string could be starting, and then they would give away what the text does not.
         """
-        text = "".join(update.text for update in updates)
-        self.num_chars += len(text)
+        text, self._echo = self._echo + "".join(update.text for update in updates), ""
+        self._num_chars += len(text)
         for token, logprobs in chain(*(update.logprobs for update in updates)):
             self._held.append((token, logprobs, max(0, self._start)))
             if token not in self.tokenizer.special_ids:  # a character in several tokens is the last one's
                 self._start += len(self._decoder.decode(self.tokenizer.token_bytes(token)))
         self.num_tokens += sum(update.num_tokens for update in updates)
         self.finish_reason = updates[-1].finish_reason
-        end = self.num_chars if self.finish_reason is None or updates[-1].is_cut else math.inf
+        end = self._num_chars if self.finish_reason is None or updates[-1].is_cut else math.inf
         n = bisect.bisect_left(self._held, end, key=lambda entry: entry[2])
         entries, self._held = self._held[:n], self._held[n:]
         return text, entries
@@ -2556,37 +2547,26 @@ class Answer:
         return all(choice.finish_reason for choice in self.choices)
 
     def opening(self) -> list[dict]:
-        """What a stream begins with: the role in a chat, the prompts that are to be echoed."""
-        role = {"delta": {"role": "assistant", "content": ""}} if self.job.is_chat else None
-        return [self._chunk(i, role or {"text": choice.echo})
-                for i, choice in enumerate(self.choices) if role or choice.echo]
+        """What the stream of a chat begins with."""
+        role = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return [self._chunk({"index": i, **role}) for i in range(len(self.choices))] if self.job.is_chat else []
 
     def chunks(self, updates: list[Update]) -> list[dict]:
         """A chunk for each choice that has something new, the usage after the last. Whatever a slow reader has not taken
         comes in one.
         """
-        chunks, by_choice = [], {}
+        by_choice: dict[int, list[Update]] = {}
         for update in updates:
             by_choice.setdefault(update.index, []).append(update)
-        for i, group in by_choice.items():
-            text, entries = self.choices[i].take(group)
-            reason = self.choices[i].finish_reason
-            if text or entries or reason:
-                shown = {"delta": {"content": text} if text else {}} if self.job.is_chat else {"text": text}
-                chunks.append(self._chunk(i, shown, entries, reason))
+        choices = [self._choice(i, group) for i, group in by_choice.items()]
+        chunks = [self._chunk(choice) for choice in choices if choice]
         if self.job.include_usage and self.is_finished:
             chunks.append({**self.frame, "choices": [], "usage": self.usage()})
         return chunks
 
     def whole(self, updates: list[Update]) -> dict:
         """The answer that is not streamed, from one update for each choice."""
-        choices = []
-        for update in sorted(updates):
-            choice = self.choices[update.index]
-            text, entries = choice.take([update])
-            shown = ({"message": {"role": "assistant", "content": text, "refusal": None}} if self.job.is_chat else
-                     {"text": choice.echo + text})
-            choices.append(self._choice(update.index, shown, entries, update.finish_reason))
+        choices = [self._choice(update.index, [update]) for update in sorted(updates)]
         return {**self.frame, "choices": choices, "usage": self.usage()}
 
     def usage(self) -> dict[str, int]:
@@ -2594,12 +2574,21 @@ class Answer:
         prompt, output = sum(map(len, self.job.prompts)), sum(choice.num_tokens for choice in self.choices)
         return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
 
-    def _chunk(self, index, shown, entries=(), finish_reason=None):
-        return {**self.frame, "choices": [self._choice(index, shown, entries, finish_reason)],
-                **({"usage": None} if self.job.include_usage else {})}
+    def _chunk(self, choice):
+        return {**self.frame, "choices": [choice], **({"usage": None} if self.job.include_usage else {})}
 
-    def _choice(self, index, shown, entries, finish_reason):
-        return {"index": index, **shown, "logprobs": self._logprobs(entries), "finish_reason": finish_reason}
+    def _choice(self, index, updates) -> dict | None:
+        """What these updates add to a choice; None if that is nothing to be shown."""
+        text, entries = self.choices[index].take(updates)
+        reason = self.choices[index].finish_reason
+        if not (text or entries or reason):
+            return None
+        shown = {"text": text}
+        if self.job.is_chat and self.job.stream:
+            shown = {"delta": {"content": text} if text else {}}
+        elif self.job.is_chat:
+            shown = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        return {"index": index, **shown, "logprobs": self._logprobs(entries), "finish_reason": reason}
 
     def _logprobs(self, entries):
         k = self.job.params.logprobs
@@ -2629,7 +2618,8 @@ class Answer:
 class Connection(asyncio.Protocol):
     """One client's connection: HTTP/1.1, strictly, one request after the other.
 
-    The loop calls when something happens, a task reads and answers. It waits in one place, `_until`.
+    The loop calls when something happens, a task reads and answers. It waits for its client in one place, `_until`, and
+    while it waits for the engine or a thread, the client is watched.
     """
 
     REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/1\.([01])")
@@ -2641,7 +2631,7 @@ class Connection(asyncio.Protocol):
         self.server, self.received = server, bytearray()
         self.has_left = self.is_lost = False  # it sends no more; it can not be written to either
         self.is_full = self.is_watched = self.is_late = False
-        self.keep_alive = self.is_idle = True
+        self.keep_alive = self.is_idle = self.is_short = True
         self.is_head = self.is_http10 = self.is_streaming = self.is_unread = False
         self._change = server.loop.create_future()  # what the task waits for
 
@@ -2704,13 +2694,12 @@ class Connection(asyncio.Protocol):
                 self.is_idle = False
                 try:
                     await self._answer()
-                except HTTPError as error:
-                    await self._send_error(error)
+                except EOFError:  # the client has left, but the answer to an earlier request may still be on its way
+                    break
                 except self.GONE:
                     raise
                 except Exception as error:
-                    log.error("a request failed", exc_info=error)
-                    await self._send_error(HTTPError(500, "the server failed; its log says how"))
+                    await self._send_error(HTTPError.failure(error, "the server failed; its log says how"))
             if self.is_unread:
                 await self._linger()
             self.transport.close()
@@ -2744,8 +2733,9 @@ class Connection(asyncio.Protocol):
         self.transport.write(data)
         await self._until(lambda: not self.is_full)
 
-    async def respond(self, status: int, content: dict | str, **headers: str) -> None:
+    async def respond(self, content: dict | str, status: int = 200, **headers: str) -> None:
         """A whole answer: an object as JSON, a text as it is."""
+        self.is_watched = False
         kind = "text/plain; version=0.0.4; charset=utf-8" if isinstance(content, str) else "application/json"
         body = content.encode() if isinstance(content, str) else to_json(content)
         head = self._head(status, {"Content-Type": kind, "Content-Length": str(len(body)), **headers})
@@ -2764,22 +2754,36 @@ class Connection(asyncio.Protocol):
             headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
             data = self._head(200, headers if self.is_http10 else {**headers, "Transfer-Encoding": "chunked"}) + data
         self.is_streaming = not are_last
+        self.is_watched = self.is_watched and not are_last
         if data:
             await self.send(data)
 
-    @contextlib.contextmanager
-    def watched(self):
-        """Within this, the client's leaving cancels the task. One that sends ahead of the answer is heard no further."""
+    def watch(self) -> None:
+        """From now until its answer is written, or the end of its stream, the client's leaving cancels the task. One that
+        sends ahead of the answer is heard no further.
+        """
+        if self.has_left:
+            raise EOFError
         early, self.received, self.is_watched = self.received, bytearray(), True
         if early:
             self.data_received(early)
             self.transport.resume_reading()
-        if self.has_left:
-            self.task.cancel()
+
+    async def read(self, function: Callable, *args):
+        """function(*args) in a thread, unless the body is short: what takes long must not keep the loop from all others. Its
+        client is watched meanwhile.
+
+        Whatever a client can get wrong is found out in here. A ValueError anywhere else is the server's own.
+        """
         try:
-            yield
-        finally:
-            self.is_watched = False
+            if self.is_short:
+                return function(*args)
+            self.watch()
+            return await self.server.loop.run_in_executor(self.server.text_threads, function, *args)
+        except ValueError as error:
+            raise HTTPError.refusal(error) from None
+        except RecursionError:  # in reading or in quoting it
+            raise HTTPError(400, "body: is nested too deeply") from None
 
     async def _answer(self):
         """Read one request and have it answered. What is wrong with its head is said before its body is read."""
@@ -2800,9 +2804,9 @@ class Connection(asyncio.Protocol):
             await self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         await self._arrives("body", lambda: len(self.received) >= int(length))
         body = self._take(int(length))
-        self.is_unread = False
+        self.is_unread, self.is_short = False, len(body) < SHORT_BODY
         if parse:
-            await handler(self, await self.server.read(lambda: parse(parse_json(body)), is_short=len(body) < SHORT_BODY))
+            await handler(self, await self.read(lambda: parse(parse_json(body))))
         else:
             await handler(self)
 
@@ -2818,7 +2822,7 @@ class Connection(asyncio.Protocol):
         except asyncio.TimeoutError:
             raise HTTPError(408, f"{what}: did not arrive within {self.server.timeout:g} seconds") from None
         if not condition():
-            raise ConnectionResetError
+            raise EOFError
 
     def _take(self, length) -> bytes:
         data = bytes(self.received[:length])
@@ -2848,13 +2852,14 @@ class Connection(asyncio.Protocol):
 
     async def _send_error(self, error):
         """An error as an answer; after the headers of a stream, as its last event, and the stream ends without its mark."""
+        self.is_watched = False
         self.server.num_responses[error.status] += self.is_streaming
         if self.is_unread or self.is_streaming:
             self.keep_alive = False
         if self.is_streaming:
             await self.send_events([error.body()])
         else:
-            await self.respond(error.status, error.body(), **error.headers)
+            await self.respond(error.body(), error.status, **error.headers)
 
     async def _linger(self):
         """Read on for a second: closing on unread bytes resets the connection, and takes the answer along."""
@@ -2897,8 +2902,9 @@ def open_files() -> float:
 class Server(contextlib.AbstractContextManager):
     """The handle that `serve` returns. `url` is where it listens; `close()` stops it, and the LLM is free again."""
 
-    def __init__(self, llm: LLM, host: str, port: int, model_name: str, api_key: str | None, max_queue: int, max_body: int,
-                 max_connections: int, timeout: float, teach: bool):
+    def __init__(self, llm: LLM, host: str, port: int, *, model_name: str = "nanoserve", api_key: str | None = None,
+                 max_queue: int = 1024, max_body: int = 4 << 20, max_connections: int = 1024, timeout: float = 30.0,
+                 teach: bool = False):
         if llm.tokenizer is None:
             raise ValueError("serve: this model has no tokenizer, and the API speaks text")
         if api_key == "":
@@ -2916,20 +2922,18 @@ class Server(contextlib.AbstractContextManager):
         self.max_samples, self.max_body = llm.scheduler.max_batch_requests + max_queue, max_body
         self.max_connections, self.timeout = max_connections, timeout
         self.created, self.num_responses, self.num_samples = int(time.time()), Counter(), 0
-        self.num_looks, self.look_seconds = 0, 0.0  # what the page has cost
         self.connections: dict[asyncio.Task, Connection] = {}
-        self.is_stopping, self.drain_seconds = False, 0.0
+        self.is_stopping = False
         self.events: queue.SimpleQueue[str] = queue.SimpleQueue()  # "fatal", and what a signal handler puts there
-        # path: (what reads a POST's object, which may raise ValueError; what answers)
+        # path: (what makes something of a POST's object, and may raise ValueError; what answers with it)
         self.routes: dict[str, tuple[Callable | None, Callable]] = {
             "/v1/completions": (functools.partial(self._read_job, is_chat=False), self._complete),
             "/v1/chat/completions": (functools.partial(self._read_job, is_chat=True), self._complete),
-            "/v1/models": (None, self._models), "/tokenize": (self._read_text, self._tokenize),
-            "/detokenize": (self._read_tokens, self._detokenize), "/health": (None, self._health),
-            "/metrics": (None, self._metrics), "/stats": (None, self._stats), "/": (None, self._page),
-            "/events": (None, self._events)}
+            "/tokenize": (self._tokenize, Connection.respond), "/detokenize": (self._detokenize, Connection.respond),
+            "/v1/models": (None, self._models), "/health": (None, self._health), "/metrics": (None, self._metrics),
+            "/stats": (None, self._stats), "/": (None, self._page), "/events": (None, self._events)}
         if teach:
-            self.routes["/engine"] = (self._read_control, self._control)
+            self.routes["/engine"] = (self._control, Connection.respond)
         self._looking: asyncio.Task | None = None  # the look that all watchers wait for
         self._event, self._shown, self._next_look, self._next_beat = b"", None, 0.0, 0.0
         started: concurrent.futures.Future = concurrent.futures.Future()
@@ -2940,11 +2944,12 @@ class Server(contextlib.AbstractContextManager):
         self.url = started.result()
 
     def close(self, drain_seconds: float = 0.0) -> None:
-        """Refuse what is new, let what runs finish within so many seconds, abort the rest, and stop."""
-        if self._thread.is_alive():
-            self.drain_seconds = drain_seconds
-            self.loop.call_soon_threadsafe(self._closing.set)
-            self._thread.join()
+        """Refuse what is new, let what runs finish within so many seconds, abort the rest, and stop. Of several calls the
+        first one decides how.
+        """
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            self.loop.call_soon_threadsafe(lambda: self._closing.done() or self._closing.set_result(drain_seconds))
+        self._thread.join()
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -2952,7 +2957,8 @@ class Server(contextlib.AbstractContextManager):
     # ---- from start to stop ----
 
     async def _main(self, host, port, started):
-        self.loop, self._closing, self._idle = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+        self.loop, self._idle = asyncio.get_running_loop(), asyncio.Event()
+        self._closing: asyncio.Future[float] = self.loop.create_future()  # drain_seconds
         self._idle.set()
         try:
             listener = await self.loop.create_server(lambda: Connection(self), host, port, backlog=1024)
@@ -2960,22 +2966,22 @@ class Server(contextlib.AbstractContextManager):
             started.set_exception(ValueError(f"serve: can not listen at {host}:{port}: {error}"))
             return
         self.engine = EngineThread(self.llm, self.loop, lambda: self.events.put("fatal"))
-        self._text_threads = concurrent.futures.ThreadPoolExecutor(2, "nanoserve text")
+        self.text_threads = concurrent.futures.ThreadPoolExecutor(2, "nanoserve text")
         self.engine.start()
         address, number = listener.sockets[0].getsockname()[:2]
         started.set_result(f"http://{f'[{address}]' if ':' in address else address}:{number}")
-        await self._closing.wait()
+        drain_seconds = await self._closing
         self.is_stopping = True
         if "/engine" in self.routes:
             self.engine.commands.put(lambda: self.engine.control(is_paused=False, delay=0.0))  # or nothing would finish
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), self.drain_seconds)
+            await asyncio.wait_for(self._idle.wait(), drain_seconds)
         listener.close()
         await self._ask(lambda: self.engine.end("the server is stopping"))
         await self._hang_up()
         self.engine.commands.put(None)
         await self.loop.run_in_executor(None, self.engine.join)
-        self._text_threads.shutdown(wait=False)
+        self.text_threads.shutdown(wait=False)
 
     async def _hang_up(self):
         """Close all connections, those with an answer on its way a moment later."""
@@ -3002,23 +3008,11 @@ class Server(contextlib.AbstractContextManager):
             raise HTTPError(405, f"{path} takes {allowed} only", Allow=allowed)
         return self.routes[path]
 
-    async def read(self, function: Callable, *args, is_short: bool = False):
-        """function(*args) in a thread, unless it is short: what takes long must not keep the loop from all others.
-
-        Whatever a client can get wrong is found out in here. A ValueError anywhere else is the server's own.
-        """
-        try:
-            return function(*args) if is_short else await self.loop.run_in_executor(self._text_threads, function, *args)
-        except ValueError as error:
-            raise HTTPError.refusal(error) from None
-        except RecursionError:  # in reading or in quoting it
-            raise HTTPError(400, "body: is nested too deeply") from None
-
     # ---- what is served ----
 
     def _read_job(self, body, is_chat) -> Job:
+        self._check(body, CHAT_FIELDS if is_chat else COMPLETION_FIELDS)
         job = Job(body, is_chat)
-        self._check_model(body)
         if job.priority and not self.llm.scheduler.policy.uses_priority:
             raise ValueError("priority: this server's policy does not look at it")
         if job.num_samples > self.max_samples:
@@ -3028,22 +3022,21 @@ class Server(contextlib.AbstractContextManager):
 
     async def _complete(self, connection, job):
         with self._admitted(job):
-            with connection.watched():
-                await self.read(job.tokenize, self.llm, is_short=job.is_short)
-                self.engine.commands.put(lambda: self.engine.add(job))
-                updates = await job.take()  # until then an error has a status of its own
-                answer = Answer(job, self.model_name, self.llm.tokenizer)
-                if job.stream:
-                    events = answer.opening() + answer.chunks(updates)
-                    while not answer.is_finished:
-                        await connection.send_events(events)
-                        events = answer.chunks(await job.take())
-                while not job.stream and len(updates) < job.num_samples:
-                    updates += await job.take()
+            connection.watch()
+            await connection.read(job.tokenize, self.llm)
+            self.engine.commands.put(lambda: self.engine.add(job))
+            updates = await job.take()  # until then an error has a status of its own
+            answer = Answer(job, self.model_name, self.llm.tokenizer)
             if job.stream:
+                events = answer.opening() + answer.chunks(updates)
+                while not answer.is_finished:
+                    await connection.send_events(events)
+                    events = answer.chunks(await job.take())
                 await connection.send_events(events, are_last=True)
             else:
-                await connection.respond(200, answer.whole(updates))
+                while len(updates) < job.num_samples:
+                    updates += await job.take()
+                await connection.respond(answer.whole(updates))
 
     @contextlib.contextmanager
     def _admitted(self, job):
@@ -3062,50 +3055,40 @@ class Server(contextlib.AbstractContextManager):
             if not self.num_samples:
                 self._idle.set()
 
-    def _check_model(self, body):
+    def _check(self, body, known):
+        check_fields(body, known | {"model"})
         if (name := body.get("model")) not in (None, self.model_name):
             raise HTTPError(404, f"model: {name!r} is not served here; {self.model_name} is", "model", "model_not_found")
 
     async def _models(self, connection):
         model = {"id": self.model_name, "object": "model", "created": self.created, "owned_by": "nanoserve",
                  "max_model_len": self.llm.max_model_len}
-        await connection.respond(200, {"object": "list", "data": [model]})
+        await connection.respond({"object": "list", "data": [model]})
 
-    def _read_text(self, body) -> str | list[dict]:
-        check_fields(body, {"model", "prompt", "messages"})
-        self._check_model(body)
-        source = parse_messages(body["messages"]) if "messages" in body else body.get("prompt")
-        if not isinstance(source, (str, list)) or ("messages" in body and "prompt" in body):
+    def _tokenize(self, body) -> dict:
+        self._check(body, {"prompt", "messages"})
+        prompt, messages = body.get("prompt"), body.get("messages")
+        if not isinstance(prompt, (str, type(None))) or (prompt is None) == (messages is None):
             raise ValueError("prompt: must be a text, or absent where there are messages")
-        return source
+        tokens = encode(self.llm.tokenizer, parse_messages(messages) if prompt is None else prompt)
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": self.llm.max_model_len}
 
-    async def _tokenize(self, connection, source):
-        with connection.watched():
-            tokens = await self.read(encode, self.llm.tokenizer, source)
-        await connection.respond(200, {"tokens": tokens, "count": len(tokens), "max_model_len": self.llm.max_model_len})
-
-    def _read_tokens(self, body) -> list[int]:
-        check_fields(body, {"model", "tokens"})
-        self._check_model(body)
+    def _detokenize(self, body) -> dict:
+        self._check(body, {"tokens"})
         tokens, vocab = body.get("tokens"), self.llm.model.config.vocab_size
         if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < vocab for token in tokens):
             raise ValueError(f"tokens: must be a list of token ids from 0 to {vocab - 1}")
-        return tokens
-
-    async def _detokenize(self, connection, tokens):
-        with connection.watched():
-            text = await self.read(self.llm.tokenizer.decode, tokens, False)
-        await connection.respond(200, {"prompt": text})
+        return {"prompt": self.llm.tokenizer.decode(tokens, False)}
 
     async def _health(self, connection):
         state = "stopping" if self.is_stopping else "failed" if self.engine.over else "ok"
-        await connection.respond(200 if state == "ok" else 503, {"status": state})
+        await connection.respond({"status": state}, 200 if state == "ok" else 503)
 
     async def _stats(self, connection):
-        await connection.respond(200, await self._snapshot())
+        await connection.respond(await self._snapshot())
 
     async def _metrics(self, connection):
-        await connection.respond(200, render_metrics(await self._snapshot(), self.engine, self.num_responses))
+        await connection.respond(render_metrics(await self._snapshot(), self.engine, self.num_responses))
 
     async def _snapshot(self):
         return {**await self._ask(self.engine.snapshot), "connections": len(self.connections),
@@ -3132,35 +3115,34 @@ class Server(contextlib.AbstractContextManager):
         try:
             html = PAGE.read_text(encoding="utf-8")  # each time, so that who changes it sees it
         except OSError:
-            return await connection.respond(200, "This is nanoserve, and it works. Its page is tutorial/page.html of the "
-                                                 "repository, which was not installed along.\n")
+            return await connection.respond("This is nanoserve, and it works. Its page is tutorial/page.html of the "
+                                            "repository, which was not installed along.\n")
         # Nothing runs but the one script, nothing is loaded from elsewhere, and nobody may frame it.
         script, style = (base64.b64encode(hashlib.sha256(re.search(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)[1].encode())
                                           .digest()).decode() for tag in ("script", "style"))
         policy = (f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; img-src data:; "
                   "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-        await connection.respond(200, html, **{"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache",
-                                               "Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
+        await connection.respond(html, **{"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache",
+                                          "Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
 
     async def _events(self, connection):
         """What the engine does, for as long as the client stays: never a text of anybody's, always the latest state."""
-        seen, scheduler = b"", self.llm.scheduler
-        with connection.watched():
-            await connection.send_events([{
-                "model": self.model_name, "about": self.llm.describe(), "num_blocks": self.llm.pool.num_blocks,
-                "block_size": self.llm.pool.block_size, "max_batch_tokens": scheduler.max_batch_tokens,
-                "max_batch_requests": scheduler.max_batch_requests, "max_model_len": self.llm.max_model_len,
-                "has_chat": bool(self.llm.tokenizer.chat_template), "teach": "/engine" in self.routes}])
-            while not self.engine.over or not seen:
-                if self._looking is None or self._looking.done():
-                    self._looking = asyncio.create_task(self._look())
-                await asyncio.shield(self._looking)  # the others wait for it too
-                if self._event is not seen:
-                    seen = self._event
-                    await connection.send_events([seen])
+        seen, llm = b"", self.llm
+        connection.watch()
+        await connection.send_events([{
+            "model": self.model_name, "about": llm.describe(), "num_blocks": llm.pool.num_blocks,
+            "block_size": llm.pool.block_size, "max_batch_requests": llm.scheduler.max_batch_requests,
+            "has_chat": bool(llm.tokenizer.chat_template), "teach": "/engine" in self.routes}])
+        while not self.engine.over or not seen:
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.create_task(self._look())
+            event = await asyncio.shield(self._looking)  # the others wait for it too
+            if event is not seen:
+                await connection.send_events([event])
+                seen = event
         await connection.send_events((), are_last=True)
 
-    async def _look(self):
+    async def _look(self) -> bytes:
         """Make the next event, soon enough for LOOKS_A_SECOND and late enough to take LOOKS_SHARE of the time at most."""
         await asyncio.sleep(self._next_look - self.loop.time())
         state, seconds = await self._ask(self.engine.look)
@@ -3169,22 +3151,19 @@ class Server(contextlib.AbstractContextManager):
             self._event, self._shown, self._next_beat = to_json({"ms": int(now * 1000), **state}), state, now + 1
         seconds += time.thread_time() - started
         self._next_look = now + max(1 / LOOKS_A_SECOND, seconds / LOOKS_SHARE)
-        self.look_seconds, self.num_looks = self.look_seconds + seconds, self.num_looks + 1
+        return self._event
 
-    def _read_control(self, body) -> dict:
+    def _control(self, body) -> dict:
         check_fields(body, {"is_paused", "delay", "step"})
         wanted = {name: flag(body, name) for name in ("is_paused", "step") if body.get(name) is not None}
         if (delay := body.get("delay")) is not None:
             if type(delay) not in (int, float) or not 0 <= delay <= 60:
                 raise ValueError(f"delay: must be from 0 to 60 seconds, got {delay!r}")
             wanted["delay"] = delay
-        return wanted
-
-    async def _control(self, connection, wanted):
         if self.is_stopping:
             raise HTTPError(503, "the server is stopping")
         self.engine.commands.put(lambda: self.engine.control(**wanted))
-        await connection.respond(200, wanted)
+        return wanted
 
 
 def render_metrics(stats: dict[str, int], engine: EngineThread, responses: Counter) -> str:
@@ -3218,20 +3197,18 @@ def render_metrics(stats: dict[str, int], engine: EngineThread, responses: Count
     return "\n".join(lines) + "\n"
 
 
-def serve(llm: LLM, host: str = "127.0.0.1", port: int = 0, *, model_name: str = "nanoserve", api_key: str | None = None,
-          max_queue: int = 1024, max_body: int = 4 << 20, max_connections: int = 1024, timeout: float = 30.0,
-          teach: bool = False) -> Server:
+def serve(llm: LLM, host: str = "127.0.0.1", port: int = 0, **options) -> Server:
     """Serve an LLM over HTTP, in two threads of this process, until the handle's `close()`. Port 0 is any free one.
 
-    max_queue: samples that may wait beyond those that can run; more get 429 · max_body: bytes of a request's body ·
-    timeout: seconds for a client to send its headers, its body, or the next request, and to read what is written ·
-    teach: whoever sees the page may pause the engine for all, and slow it down.
+    The options are `Server`'s. max_queue: samples that may wait beyond those that can run; more get 429 · max_body: bytes
+    of a request's body · timeout: seconds for a client to send its headers, its body, or the next request, and to read
+    what is written · teach: whoever sees the page may pause the engine for all, and slow it down.
     Meanwhile nobody else may use the LLM. ValueError if the address can not be had. Survey A IV.A · B 3.2.4.
     """
-    server = Server(llm, host, port, model_name, api_key, max_queue, max_body, max_connections, timeout, teach)
-    is_local = server.url.startswith(("http://127.", "http://[::1]"))
-    log.info(f"{model_name} is served at {server.url}, which {'only this machine' if is_local else 'other machines'} can "
-             f"reach, {'with' if api_key else 'without'} a key")
+    server = Server(llm, host, port, **options)
+    who = "only this machine" if server.url.startswith(("http://127.", "http://[::1]")) else "other machines"
+    log.info(f"{server.model_name} is served at {server.url}, which {who} can reach, "
+             f"{'with' if server.api_key else 'without'} a key")
     return server
 
 
@@ -3239,7 +3216,6 @@ def serve(llm: LLM, host: str = "127.0.0.1", port: int = 0, *, model_name: str =
 # Measuring
 # ---------------------------------------------------------------------------------------------------------------------
 
-_LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
 _QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "rms_norm_eps": 1e-6,
           "tie_word_embeddings": True, "rope_theta": 1e6}
 # config.json of shapes that are measured with random weights. Facts from the published configurations.
@@ -3252,11 +3228,12 @@ SHAPES = {
     "qwen3-0.6b": _QWEN3 | {"vocab_size": 151936, "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16,
                             "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072,
                             "max_position_embeddings": 40960},
-    "llama-3.1-8b": _LLAMA | {"vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-                              "num_key_value_heads": 8, "intermediate_size": 14336, "max_position_embeddings": 131072,
-                              "rope_theta": 500000.0, "tie_word_embeddings": False,
-                              "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-                                               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}},
+    "llama-3.1-8b": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256,
+                     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+                     "intermediate_size": 14336, "max_position_embeddings": 131072, "hidden_act": "silu",
+                     "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
+                     "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                      "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}},
 }
 
 
@@ -3542,20 +3519,24 @@ Each takes --model FOLDER or hub name (default: the small model that comes along
 """
 
 
-def make_llm(args: argparse.Namespace, model=None, **more) -> LLM:
-    """An LLM from the command line's options."""
-    where = {} if model else {"device": args.device, "dtype": args.dtype, "quantize": args.quantize}
-    return LLM(model or args.model, **where, kv_dtype=args.kv_dtype, kv_memory=args.kv_memory,
-               max_batch_tokens=args.max_batch_tokens, max_batch_requests=args.max_batch_requests,
-               max_model_len=args.max_model_len, graphs=not args.no_graphs,
-               overlap=False if args.no_overlap else None, swap_memory=args.swap_memory, draft=args.draft,
-               num_drafts=args.num_drafts,
-               seed=random.getrandbits(63) if args.seed is None else args.seed, **more)
+def options_of(kind: type, args: argparse.Namespace) -> dict:
+    """Those of the command line's options that are arguments of a class, by their names."""
+    return {name: getattr(args, name) for name in inspect.signature(kind.__init__).parameters if hasattr(args, name)}
+
+
+def make_llm(args: argparse.Namespace, model: GPT | None = None) -> LLM:
+    """An LLM from the command line's options; a model that is there already has its own device, dtype and low bits."""
+    options = options_of(LLM, args)
+    if model:
+        options |= {"model": model, "device": "auto", "dtype": "auto", "quantize": None}
+    if args.seed is None:
+        options["seed"] = random.getrandbits(63)
+    return LLM(**options)
 
 
 def sampling_from(args: argparse.Namespace) -> SamplingParams:
     """SamplingParams from the command line's options."""
-    return SamplingParams(**{f.name: getattr(args, f.name) for f in fields(SamplingParams) if hasattr(args, f.name)})
+    return SamplingParams(**options_of(SamplingParams, args))
 
 
 def parse_memory(text: str) -> float | int:
@@ -3569,19 +3550,15 @@ def parse_memory(text: str) -> float | int:
     return number if unit == 1 and number < 1 else int(number * unit)
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
+def at_least(least: int | float) -> Callable[[str], int | float]:
+    """What reads a number of the same type from `least` on."""
+    def read(text):
+        with contextlib.suppress(ValueError):
+            if least <= (number := type(least)(text)) < math.inf:
+                return number
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} on")
 
-
-def seconds(text: str) -> float:
-    """A time from 0 on."""
-    with contextlib.suppress(ValueError):
-        if 0 <= (value := float(text)) < math.inf:
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 on")
+    return read
 
 
 def parse_range(text: str) -> tuple[int, int]:
@@ -3595,7 +3572,7 @@ def parse_range(text: str) -> tuple[int, int]:
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
     """What to measure."""
     parser.add_argument("--shape", default="gpt2", choices=SHAPES, help="without --model: random weights (gpt2)")
-    parser.add_argument("--requests", type=positive, default=32, help="how many (32)")
+    parser.add_argument("--requests", type=at_least(1), default=32, help="how many (32)")
     parser.add_argument("--workload", default="uniform", choices=["uniform", *WORKLOADS], help="their lengths (uniform)")
     parser.add_argument("--input-len", type=parse_range, default="16..256", help="uniform: in prompts (16..256)")
     parser.add_argument("--output-len", type=parse_range, default="16..256", help="uniform: in answers (16..256)")
@@ -3603,7 +3580,7 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, default=math.inf, help="requests a second (all at once)")
     parser.add_argument("--burst", type=float, default=1.0, help="deviation over mean of their gaps (1, Poisson)")
     parser.add_argument("--nano-vllm", action="store_true", help="nano-vLLM's 256 requests instead")
-    parser.add_argument("--runs", type=positive, default=3, help="the median of these is printed (3)")
+    parser.add_argument("--runs", type=at_least(1), default=3, help="the median of these is printed (3)")
     parser.add_argument("--compare", choices=["transformers"], help="run the same through this, in turn")
 
 
@@ -3632,8 +3609,9 @@ def parser_for(command: str) -> argparse.ArgumentParser:
     engine.add_argument("--draft", help='guess tokens ahead: "ngram" from the text itself, "default" with the small draft '
                         "model that comes along, or a folder or hub name of a model with the same vocabulary")
     engine.add_argument("--num-drafts", type=int, help="at most so many for a request in a step (8)")
-    engine.add_argument("--no-graphs", action="store_true", help="on a GPU: launch each kernel, for debugging")
-    engine.add_argument("--no-overlap", action="store_true", help="on a GPU: read a step's tokens before planning the next")
+    engine.add_argument("--no-graphs", dest="graphs", action="store_false", help="on a GPU: launch each kernel, to debug")
+    engine.add_argument("--no-overlap", dest="overlap", action="store_const", const=False,
+                        help="on a GPU: read a step's tokens before planning the next")
     engine.add_argument("--seed", type=int, default=0 if command == "bench" else None, help="same seed, same text")
     if command == "bench":
         add_bench_options(parser)
@@ -3645,9 +3623,9 @@ def parser_for(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--api-key", default=os.environ.get("NANOSERVE_API_KEY"), help="or $NANOSERVE_API_KEY")
         parser.add_argument("--max-queue", type=int, default=1024, help="samples that may wait; more get status 429 (1024)")
         parser.add_argument("--max-body", type=parse_memory, default=4 << 20, help="of a request's body (4MiB)")
-        parser.add_argument("--max-connections", type=positive, default=1024, help="at once (1024)")
-        parser.add_argument("--timeout", type=seconds, default=30.0, help="seconds for a client to send or read (30)")
-        parser.add_argument("--drain-seconds", type=seconds, default=30.0, help="to finish what runs when told to stop (30)")
+        parser.add_argument("--max-connections", type=int, default=1024, help="at once (1024)")
+        parser.add_argument("--timeout", type=float, default=30.0, help="seconds for a client to send or read (30)")
+        parser.add_argument("--drain-seconds", type=at_least(0.0), default=30.0, help="to finish what runs at the end (30)")
         parser.add_argument("--teach", action="store_true", help="let the page pause, step and slow the engine")
         return parser
     sampling = parser.add_argument_group("sampling")
@@ -3690,10 +3668,9 @@ def chat(args: argparse.Namespace) -> None:
         if not line or line == "/new":
             continue
         messages.append({"role": "user", "content": line})
-        prompt = llm.tokenizer.apply_chat_template(messages)
-        while len(prompt) + (params.max_tokens or 64) > llm.max_model_len and len(messages) > 1:
+        longest = llm.max_model_len - (params.max_tokens or 64)
+        while len(prompt := llm.tokenizer.apply_chat_template(messages)) > longest and len(messages) > 1:
             del messages[:2]  # the oldest exchange makes room
-            prompt = llm.tokenizer.apply_chat_template(messages)
         answer = ""
         try:
             for piece in llm.stream(prompt, params):
@@ -3714,23 +3691,21 @@ def finished_results(out: Path, prompts: list[str]) -> set[int]:
 
     ValueError if the file holds anything else: it is somebody's, and not ours to append to.
     """
-    lines = out.read_text(encoding="utf-8").split("\n")  # splitlines() would split texts at U+2028
-    done, whole = set(), ""
-    for number, line in enumerate(lines):
+    text = out.read_text(encoding="utf-8", errors="replace")  # it may have been cut inside a character
+    lines, done = text.split("\n"), set()  # splitlines() would split texts at U+2028
+    for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line) if line else None
+            record = json.loads(line)
         except ValueError:
-            if number == len(lines) - 1:  # no newline behind it: cut short
+            if number == len(lines) and line[:10] == '{"index": '[: len(line)]:  # cut short, or nothing after the last one
+                del lines[-1]
                 break
-            record = {}
-        if not line:
-            continue
+            record = None
         index = record.get("index") if isinstance(record, dict) else None
         if type(index) is not int or not 0 <= index < len(prompts) or record.get("prompt") != prompts[index]:
-            raise ValueError(f"--jsonl: line {number + 1} of {out} is not a result for these prompts")
+            raise ValueError(f"--jsonl: line {number} of {out} is not a result for these prompts")
         done.add(index)
-        whole += line + "\n"
-    if whole != "\n".join(lines):
+    if (whole := "".join(line + "\n" for line in lines)) != text:
         scratch = out.with_name(out.name + ".tmp")
         scratch.write_text(whole, encoding="utf-8")
         scratch.replace(out)  # in one move: an interruption loses nothing
@@ -3772,13 +3747,12 @@ def generate_file(args: argparse.Namespace) -> None:
 
 def serve_until_signal(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT, then finish what runs. Returns 0, or 1 if the engine failed."""
-    llm = make_llm(args, policy=args.policy)
+    llm = make_llm(args)
     # A folder's own name: the way to it is nobody's business.
     name = args.model or "nanoserve"
     name = Path(name).resolve().name if Path(name).is_dir() else name
-    options = ("api_key", "max_queue", "max_body", "max_connections", "timeout", "teach")
     gc.freeze()  # what is here stays: collecting garbage need not look at it again
-    server = serve(llm, args.host, args.port, model_name=name, **{option: getattr(args, option) for option in options})
+    server = serve(llm, model_name=name, **options_of(Server, args))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: server.events.put(signal.Signals(number).name))
     event = server.events.get()

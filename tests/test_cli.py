@@ -282,7 +282,7 @@ def test_generate_resumes_where_it_was_cut_off(options, files, monkeypatch):
     kept = json.loads(lines[1])  # the first one is the refusal
     kept["text"] = marked = "kept, with\u2028separators\x85 inside"
     begun = [lines[0], json.dumps(kept, ensure_ascii=False) + "\n", lines[2], lines[3][:20]]
-    out.write_text("".join(begun), encoding="utf-8")
+    out.write_bytes("".join(begun).encode() + "\u4e16".encode()[:1])
     asked, original = [], LLM.add_request
     monkeypatch.setattr(LLM, "add_request", lambda self, prompt, *a: asked.append(prompt) or original(self, prompt, *a))
     assert main([*argv, *options]) == 0
@@ -445,7 +445,7 @@ def test_generate_leaves_a_file_alone_that_is_not_its_own(tmp_path, capsys):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
     prompts.write_text("one\ntwo\n")
     for text in ('{"user": "precious"}\n', '{"index": 0, "prompt": "another", "text": "x"}\n', 'not json\n{"index": 0}\n',
-                 "[1]\n", "null\n", '{"index": true, "prompt": "two"}\n'):
+                 "[1]\n", "null\n", '{"index": true, "prompt": "two"}\n', "precious", '{"index": 0, "prompt": "another"}'):
         out.write_text(text)
         assert nanoserve.main(["generate", "--file", str(prompts), "--jsonl", str(out)]) == 2
         assert "is not a result for these prompts" in capsys.readouterr().err and out.read_text() == text

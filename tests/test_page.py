@@ -202,25 +202,25 @@ def test_preempted_requests_are_told(serving):
 
 def test_all_watchers_share_a_look_and_nobody_looks_without_one(serving, monkeypatch):
     server = serving()
-    complete(server, max_tokens=3)
-    assert server.num_looks == 0
-    look, permits = server.engine.look, threading.Semaphore(0)
+    look, looks, permits = server.engine.look, [], threading.Semaphore(0)
 
     def numbered():
         permits.acquire()
-        return {**look()[0], "number": server.num_looks}, 0.0
+        looks.append(look()[0])
+        return {**looks[-1], "number": len(looks)}, 0.0
 
     monkeypatch.setattr(server.engine, "look", numbered)
+    complete(server, max_tokens=3)
     with Watcher(server) as one, Watcher(server) as two:
         settle(server)  # both wait for the first
-        for number in range(6):
+        for number in range(1, 7):
             permits.release()
             assert one.read()["number"] == two.read()["number"] == number
     permits.release()  # of whoever has left
     until(lambda: not server.connections and server._looking.done())
-    before = server.num_looks
+    assert len(looks) == 7
     complete(server, max_tokens=20)
-    assert server.num_looks == before
+    assert len(looks) == 7
 
 
 def test_looks_that_take_long_become_rare(serving, monkeypatch):

@@ -625,7 +625,8 @@ def test_one_that_sends_many_requests_ahead_takes_turns_with_others(serving, mon
         until(lambda: len(seen) == 101)
 
 
-@pytest.mark.parametrize("how", ["close", "half-close", "half-close, having sent ahead", "the server stops"])
+@pytest.mark.parametrize("how", ["close", "half-close", "half-close, having sent ahead", "half-close, having sent more",
+                                 "the server stops"])
 def test_who_still_reads_gets_the_end_of_the_answer(serving, how):
     """All of it is written, but not sent yet, when the server is to hang up or to stop, or the client asks for no more."""
     server = serving()
@@ -641,6 +642,7 @@ def test_who_still_reads_gets_the_end_of_the_answer(serving, how):
             closing.start()
             until(connection.transport.is_closing)
         elif how != "close":
+            client.sendall(b"\r\n" * ("more" in how))
             client.shutdown(socket.SHUT_WR)
             until(lambda: connection.has_left)
             settle(server)
@@ -820,17 +822,16 @@ def test_who_sends_while_the_server_answers_fills_no_memory(serving):
 
 
 def test_a_long_text_being_tokenized_stalls_nobody(serving, monkeypatch):
-    monkeypatch.setattr(nanoserve, "SHORT_TEXT", 4)
-    llm = make()
+    llm, long = make(), "long" * nanoserve.SHORT_BODY
     server, encode, go = serving(llm), llm.tokenizer.encode, threading.Event()
 
-    def slow(text, **options):
-        assert text != "long" or go.wait(PATIENCE)
-        return encode(text, **options)
+    def slow(text):
+        assert text != long or go.wait(PATIENCE)
+        return encode(text[:20])
 
     monkeypatch.setattr(llm.tokenizer, "encode", slow)
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(complete(server, "long", max_tokens=2)))
+    thread = threading.Thread(target=lambda: answers.append(complete(server, long, max_tokens=2)))
     thread.start()
     until(lambda: server.num_samples == 1)
     assert complete(server, max_tokens=2) and not answers
@@ -839,17 +840,9 @@ def test_a_long_text_being_tokenized_stalls_nobody(serving, monkeypatch):
     assert answers
 
 
-@pytest.mark.parametrize("messages, is_short", [
-    ([{"role": "user", "content": "hi"}], True), ([{"role": "user", "content": "hi" * 500}], False),
-    ([{"role": "user" * 250, "content": ""}], False), ([{"role": "user", "name": "me" * 500, "content": ""}], False),
-    ([{"role": "user", "content": ""}] * 1000, False)], ids=range(5))
-def test_a_short_chat_is_one_that_makes_a_short_prompt(messages, is_short):
-    """A template writes more than the contents. Hundreds of thousands of empty messages take it seconds."""
-    assert Job({"messages": messages}, is_chat=True).is_short == is_short
-
-
 @pytest.mark.parametrize("path, body", [("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [5]})])
 def test_who_leaves_before_a_text_is_read_leaves_no_work(serving, monkeypatch, path, body):
+    monkeypatch.setattr(nanoserve, "SHORT_BODY", 0)
     llm, go, began = make(), threading.Event(), []
     server = serving(llm)
 
@@ -862,7 +855,7 @@ def test_who_leaves_before_a_text_is_read_leaves_no_work(serving, monkeypatch, p
     clients = [socket.create_connection(("127.0.0.1", port_of(server)), PATIENCE) for _ in range(6)]
     for client in clients:
         client.sendall(post(body, path))
-    until(lambda: len(began) == 2 and server._text_threads._work_queue.qsize() == 4)
+    until(lambda: len(began) == 2 and server.text_threads._work_queue.qsize() == 4)
     for client in clients:
         client.close()
     until(lambda: not server.connections)
@@ -1036,7 +1029,9 @@ def test_a_sample_that_is_reported_twice_ends_once():
         engine._report(changed)
         engine._report(job.requests[0].samples)
     assert [update.index for update in posted if update and update.finish_reason] == [0, 1]
-    assert sum(engine.e2e.counts) == 2 and not engine.progress
+    assert sum(engine.e2e.counts) == 2 and engine.progress
+    engine.forget(job)
+    assert not engine.progress and not engine.unsent and llm.stats()["aborted"] == 0
 
 
 def test_a_busy_loop_gets_first_tokens_and_ends_at_once_and_the_rest_when_it_has_rested():
@@ -1052,7 +1047,7 @@ def test_a_busy_loop_gets_first_tokens_and_ends_at_once_and_the_rest_when_it_has
     assert "".join(update.text for update in updates) == llm.text(request)
     assert [token for update in updates for token, _ in update.logprobs] == request.tokens[request.num_prompt:]
     assert (sum(engine.ttft.counts), sum(engine.itl.counts), sum(engine.e2e.counts)) == (1, 7, 1)
-    assert not engine.progress and not engine.unsent
+    assert not engine.unsent
 
 
 @pytest.mark.parametrize("end, expected", [("step", [(0, 3), (1, 3)]), ("logits", [(0, 3), (1, 4)]),
@@ -1201,10 +1196,25 @@ def test_stopping(serving, drain, streamed):
     assert llm.generate("x", SamplingParams(max_tokens=2))  # the LLM is free again
 
 
+def test_two_threads_that_stop_it_at_once(serving, monkeypatch):
+    """The other one is through when this one tells the loop."""
+    server = serving()
+    tell = server.loop.call_soon_threadsafe
+
+    def late(*args):
+        monkeypatch.setattr(server.loop, "call_soon_threadsafe", tell)
+        server.close()
+        tell(*args)
+
+    monkeypatch.setattr(server.loop, "call_soon_threadsafe", late)
+    server.close(PATIENCE)
+    assert not server.engine.is_alive() and server.loop.is_closed()
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
 def test_stopping_before_a_text_is_tokenized(serving, monkeypatch, path):
     """It was not queued yet when the engine was told to end, and gets an answer all the same."""
-    monkeypatch.setattr(nanoserve, "SHORT_TEXT", 0)
+    monkeypatch.setattr(nanoserve, "SHORT_BODY", 0)
     llm, entered, go = make(), threading.Event(), threading.Event()
     server, encode, received = serving(llm), llm.tokenizer.encode, []
 
@@ -1264,7 +1274,11 @@ def test_models_and_tokens(server, offline):
     messages = [{"role": "user", "content": "Hi"}]
     assert call(server, "/tokenize", {"messages": messages})[2]["tokens"] == offline.tokenizer.apply_chat_template(messages)
     assert call(server, "/detokenize", {"tokens": ids})[2] == {"prompt": "<|begin_of_text|>" + PROMPT}
+    assert call(server, "/tokenize", {"prompt": PROMPT, "messages": None})[2]["count"] == len(ids)
     for path, body, param in (("/tokenize", {"prompt": 5}, "prompt"), ("/tokenize", {"text": "x"}, "text"),
+                              ("/tokenize", {"prompt": []}, "prompt"), ("/tokenize", {"prompt": ["x"]}, "prompt"),
+                              ("/tokenize", {"prompt": [5, "x"]}, "prompt"), ("/tokenize", {"messages": []}, "messages"),
+                              ("/tokenize", {"prompt": "x", "messages": messages}, "prompt"), ("/tokenize", {}, "prompt"),
                               ("/detokenize", {"tokens": [400]}, "tokens"), ("/detokenize", {"tokens": [True]}, "tokens"),
                               ("/detokenize", {"tokens": "x"}, "tokens"), ("/detokenize", {}, "tokens")):
         status, _, answer = call(server, path, body)
