@@ -72,11 +72,6 @@ class LowBitWeight:
         """(out, in)."""
         return self.codes.shape[0], self.codes.shape[1] * (1 if self.bits == 8 else 8)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + self.scales.nbytes
-
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight that this stands for, [out, in]."""
         codes = self.codes
@@ -96,21 +91,22 @@ def quantize(weight: torch.Tensor, bits: int, group: int | None = None) -> LowBi
     if bits not in (8, 4) or weight.shape[1] % group or (bits == 4 and group % 32):
         raise ValueError(f"quantize: {bits} bits in groups of {group} do not fit a weight with {weight.shape[1]} inputs "
                          f"(8 bits: any divisor; 4 bits: a divisor that is a multiple of 32)")
-    parts = [_round(part, bits, group) for part in weight.split(1024)]  # so that what it takes meanwhile stays small
+    parts = []
+    for rows in weight.split(1024):  # so that what it takes meanwhile stays small
+        codes, scales = _round(rows.view(len(rows), -1, group), 2 ** (bits - 1) - 1)
+        if bits == 4:
+            codes = ((codes.long() + 8).view(len(rows), -1, 8) << _shifts(codes)).sum(-1).to(torch.int32)
+        parts.append((codes.flatten(1), scales))
     return LowBitWeight(*(torch.cat(tensors) for tensors in zip(*parts)))
 
 
-def _round(weight, bits, group) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, scales) of some rows of a weight."""
-    most = 2 ** (bits - 1) - 1
-    grouped = weight.float().view(len(weight), -1, group)
-    # The scale is rounded first, so that its rounding costs nothing: codes are relative to what will be multiplied by.
-    scales = (grouped.abs().amax(-1) / most).clamp(min=1e-30).bfloat16()
-    codes = (grouped / scales.float()[..., None]).round().clamp(-most, most).to(torch.int8).flatten(1)
-    if bits == 4:
-        words = ((codes.long() + 8).view(len(codes), -1, 8) << _shifts(codes)).sum(-1)
-        codes = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-    return codes, scales
+def _round(x, most) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes from -most to most, int8 [..., n], and their scales, bfloat16 [...]: x is about codes * scales."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # The scale is rounded first, so that its rounding costs nothing: codes are relative to what will be multiplied by. That
+    # moves the largest entry from 127 to 127.25 at most: still 127.
+    scales = (wide.abs().amax(-1) / most).clamp(min=1e-30).bfloat16()
+    return (wide / scales.to(wide.dtype)[..., None]).round().to(torch.int8), scales
 
 
 def _shifts(codes):
@@ -119,13 +115,16 @@ def _shifts(codes):
     return i // 2 * 4 + i % 2 * 16
 
 
+SIGNS = -0x77777778  # the highest of each four bits of an int32: flipping these turns code + 8 into the code, and back
+
+
 @dataclass
 class PanelWeight:
     """A weight in panels of 32 outputs, for the CPU: words [out / 32, words of an output, 32], filled up with zeros.
 
     A panel is read from front to end, 32 products for each input, while memory already brings the next piece of it. A
-    word is a float32, an int32 of two bfloat16, an int16 of two 8-bit codes, or an int32 of eight 4-bit codes. scales:
-    float32 [out / 32, groups, 32] for codes.
+    word is a float32, an int32 of two bfloat16, an int16 of two 8-bit codes, or an int32 of eight 4-bit codes: themselves,
+    in two's complement, where LowBitWeight has code + 8. scales: float32 [out / 32, groups, 32] for codes.
     """
 
     words: torch.Tensor
@@ -136,31 +135,30 @@ class PanelWeight:
     @classmethod
     def pack(cls, weight: torch.Tensor | LowBitWeight) -> PanelWeight:
         """From a float32, bfloat16 or low-bit weight [out, in]."""
-        if isinstance(weight, LowBitWeight):
-            codes, scales, bits = weight.codes, to_panels(weight.scales.float()), weight.bits
-        else:
-            codes, scales, bits = weight, None, 8 * weight.element_size()
-        if bits in (8, 16):  # two to a word
-            codes = F.pad(codes, (0, 1)) if codes.shape[1] % 2 else codes.contiguous()
-            codes = codes.view(torch.int16 if bits == 8 else torch.int32)
-        return cls(to_panels(codes), scales, bits, tuple(weight.shape))
+        low = isinstance(weight, LowBitWeight)
+        words, bits = (weight.codes, weight.bits) if low else (weight, 8 * weight.itemsize)
+        if bits == 4:
+            words = words ^ SIGNS
+        elif bits < 32:  # two to a word
+            words = F.pad(words, (0, 1)) if words.shape[1] % 2 else words.contiguous()
+            words = words.view(torch.int16 if bits == 8 else torch.int32)
+        return cls(to_panels(words), to_panels(weight.scales.float()) if low else None, bits, tuple(weight.shape))
 
     def plain(self) -> torch.Tensor | LowBitWeight:
         """What was packed."""
         words = from_panels(self.words, self.shape[0])
-        if self.bits in (8, 16):
+        if self.bits == 4:
+            words = words ^ SIGNS
+        elif self.bits < 32:
             words = words.view(torch.int8 if self.bits == 8 else torch.bfloat16)[:, : self.shape[1]].contiguous()
         return words if self.scales is None else LowBitWeight(words, from_panels(self.scales, self.shape[0]).bfloat16())
 
 
 def to_panels(rows: torch.Tensor) -> torch.Tensor:
     """[out, n] -> [out / 32 rounded up, n, 32]: the same column of 32 outputs side by side."""
-    outputs, n = rows.shape
-    whole, rest = divmod(outputs, 32)
-    panels = rows.new_zeros(whole + bool(rest), n, 32)
-    panels[:whole] = rows[: whole * 32].view(whole, 32, n).transpose(1, 2)
-    if rest:
-        panels[whole, :, :rest] = rows[whole * 32 :].T
+    panels = rows.new_zeros(-(-len(rows) // 32), rows.shape[1], 32)
+    for panel, part in zip(panels, rows.split(32)):
+        panel[:, : len(part)] = part.T
     return panels
 
 
@@ -186,12 +184,11 @@ def pack_weight(weight: torch.Tensor | LowBitWeight, dtype: torch.dtype | None =
             or dtype not in (None, weight.dtype)):
         return weight
     cpp, _ = compiled(weight)
-    if weight.dtype == torch.bfloat16:
-        fast = cpp and torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-        fast = fast and cpp("multiplies_pairs")
+    if weight.dtype == torch.float32:
+        fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
     else:
-        fast = cpp and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if fast:
+        fast = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    if cpp and fast:
         return PanelWeight.pack(weight)
     if (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
             and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())):
@@ -203,7 +200,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor | PanelWeight | LowBitWeight, b
            gelu: bool = False) -> torch.Tensor:
     """x [T, in] times weight [out, in], transposed, plus bias [out]; then GELU (tanh form) if asked. Returns [T, out]."""
     if isinstance(weight, PanelWeight):
-        return _panel_linear(x, weight, bias, gelu)
+        cpp, _ = compiled(x, bias)
+        if cpp and weight.bits in (4, 8, 8 * x.itemsize):
+            x, (outputs, inputs) = x.contiguous(), weight.shape
+            assert x.shape[1] == inputs, (x.shape, weight.shape)  # C++ would read whatever lies there
+            out, groups = x.new_empty(len(x), outputs), 1 if weight.scales is None else weight.scales.shape[1]
+            sizes = len(x), outputs, inputs, groups, weight.bits
+            cpp("panel_linear", x, weight.words, weight.scales, bias, out, *sizes, gelu)
+            return out
+        weight = weight.plain()
+        weight = weight.to(x.dtype) if isinstance(weight, torch.Tensor) else weight
     if isinstance(weight, LowBitWeight):
         y = _low_bit_linear(x, weight)
         y = y if bias is None else y + bias
@@ -212,18 +218,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor | PanelWeight | LowBitWeight, b
     else:
         y = F.linear(x, weight, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
-
-
-def _panel_linear(x, weight, bias, gelu):
-    cpp, _ = compiled(x, bias)
-    if not cpp or weight.bits == 16 and x.dtype != torch.bfloat16 or weight.bits == 32 and x.dtype != torch.float32:
-        plain = weight.plain()
-        return linear(x, plain.to(x.dtype) if isinstance(plain, torch.Tensor) else plain, bias, gelu)
-    x, (outputs, inputs) = x.contiguous(), weight.shape
-    assert x.shape[1] == inputs, (x.shape, weight.shape)  # C++ would read whatever lies there
-    out, groups = x.new_empty(len(x), outputs), 1 if weight.scales is None else weight.scales.shape[1]
-    cpp("panel_linear", x, weight.words, weight.scales, bias, out, len(x), outputs, inputs, groups, weight.bits, gelu)
-    return out
 
 
 def _low_bit_linear(x, weight):
@@ -333,16 +327,13 @@ def rope_frequencies(rope: dict, head_dim: int) -> tuple[torch.Tensor, float]:
     inv = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     if kind == "default":
         return inv, 1.0
-    factor = rope.get("factor")
-    if kind == "linear":
-        return inv / factor, 1.0
+    factor, keep, scale = rope.get("factor"), 0.0, 1.0  # keep: how much of an angle stays as it is
     if kind == "llama3":
         # Wavelengths that fit the old context often are kept, those longer than it are stretched, between them a ramp.
         turns = rope["original_max_position_embeddings"] * inv / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return inv / factor * (1 - keep) + inv * keep, 1.0
-    if kind == "yarn":
+    elif kind == "yarn":
         original = rope["original_max_position_embeddings"]
 
         def dimension(turns):  # the pair that makes so many turns over the original context
@@ -353,8 +344,10 @@ def rope_frequencies(rope: dict, head_dim: int) -> tuple[torch.Tensor, float]:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
         keep = 1 - ((torch.arange(head_dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
-        return inv / factor * (1 - keep) + inv * keep, _yarn_scale(rope, factor)
-    raise ValueError(f"rope_type: {kind!r} is not supported (default, linear, llama3, yarn are)")
+        scale = _yarn_scale(rope, factor)
+    elif kind != "linear":
+        raise ValueError(f"rope_type: {kind!r} is not supported (default, linear, llama3, yarn are)")
+    return inv / factor * (1 - keep) + inv * keep, scale
 
 
 def _yarn_scale(rope: dict, factor: float) -> float:
@@ -435,10 +428,7 @@ def quantize_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     row alone, so what a token leaves in the cache does not depend on when, or beside whom, it is computed.
     Survey A III.C · B 3.2.1 · C KV Cache Optimization: Compression Techniques. (arXiv:2402.02750 for other groupings)
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    # As in `quantize`, the scale is rounded first. That moves the largest entry from 127 to 127.25 at most: still 127.
-    scales = (wide.abs().amax(-1) / 127).clamp(min=1e-30).bfloat16()
-    return (wide / scales.to(wide.dtype)[..., None]).round().to(torch.int8), scales
+    return _round(x, 127)
 
 
 def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
@@ -645,9 +635,19 @@ def compiled(*tensors: torch.Tensor | None, cache: torch.Tensor | None = None
     return None, None
 
 
-def cache_folder() -> Path:
-    """Where what was compiled is kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoserve"
+def cached(name: str, suffix: str, *depends: str) -> Path:
+    """Where in the user's cache folder a file is kept, under a name made of all that it depends on."""
+    key = hashlib.sha256("\0".join(depends).encode()).hexdigest()[:16]
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoserve" / f"{name}-{key}{suffix}"
+
+
+@contextlib.contextmanager
+def new_file(target: Path):
+    """A path to write to, which becomes `target` in one move: another process may be writing the same."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        yield (path := Path(scratch) / target.name)
+        path.replace(target)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -668,17 +668,15 @@ class CppLibrary:
         "paged_attention": [_P] * 9 + [_I] * 9 + [_F],
         "panel_linear": [_P] * 5 + [_I] * 6,
         "sample": [_P] * 7 + [_I] * 3,
-        "multiplies_pairs": [],
     }
 
     def __init__(self, path: Path):
-        library = ctypes.CDLL(str(path))
-        self.functions = {name: getattr(library, name) for name in self.signatures}
+        self.library = ctypes.CDLL(str(path))
         for name, arguments in self.signatures.items():
-            self.functions[name].argtypes, self.functions[name].restype = arguments, _I if not arguments else None
+            getattr(self.library, name).argtypes = arguments
 
-    def __call__(self, name: str, *args) -> int | None:
-        return self.functions[name](*(arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args))
+    def __call__(self, name: str, *args) -> None:
+        getattr(self.library, name)(*(arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args))
 
 
 def cpp_compiler() -> str | None:
@@ -699,9 +697,18 @@ def cpp_library(dtype: torch.dtype) -> CppLibrary | None:
         return None
 
 
+def build_library(name: str, compiler: str, flags: list[str], source: str, *depends: str) -> Path:
+    """The library built from a C++ source, unless the user's cache folder has it. depends: what else it is made of."""
+    target = cached(name, ".so", source, compiler, *flags, *depends)
+    if not target.exists():
+        with new_file(target) as path:
+            command = [compiler, *flags, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(path)]
+            subprocess.run(command, input=source, check=True, capture_output=True, text=True, timeout=300)
+    return target
+
+
 def _build(compiler: str, element: str) -> Path:
-    """Compile CPU_SOURCE into the user's cache folder, under a name made of all that the machine code depends on."""
-    flags = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", f"-DT={element}"]
+    flags = ["-O3", "-std=c++17", "-fno-math-errno", f"-DT={element}"]
     flags += ["-mcpu=native"] if platform.machine().startswith(("arm", "aarch")) else ["-march=native"]
     # OpenMP shares torch's own threads: two thread pools on the same cores would fight. Apple's compiler has none.
     flags += [] if sys.platform == "darwin" else ["-fopenmp"]
@@ -710,18 +717,7 @@ def _build(compiler: str, element: str) -> Path:
         cpu = next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         cpu = platform.processor()
-    key = hashlib.sha256("\0".join([CPU_SOURCE, compiler, *flags, platform.machine(), cpu]).encode()).hexdigest()[:16]
-    folder = cache_folder()
-    target = folder / f"cpu-{element}-{key}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            (source := Path(scratch) / "kernels.cpp").write_text(CPU_SOURCE)
-            built = Path(scratch) / "kernels.so"
-            subprocess.run([compiler, *flags, str(source), "-o", str(built)], check=True, capture_output=True, text=True,
-                           timeout=120)
-            built.replace(target)  # in one move: another process may be building the same
-    return target
+    return build_library(f"cpu-{element}", compiler, flags, CPU_SOURCE, platform.machine(), cpu)
 
 
 CPU_SOURCE = r"""
@@ -743,13 +739,20 @@ CPU_SOURCE = r"""
 static int omp_get_max_threads() { return 1; }
 #endif
 
-// Sixteen floats; the compiler splits them over whatever vector registers the machine has.
+// As many floats as a register has. GCC takes longer vectors, too, but does part of the work one number at a time.
+#if defined __AVX512F__
 constexpr int W = 16;
-typedef float vec __attribute__((vector_size(4 * W)));
-typedef int32_t veci __attribute__((vector_size(4 * W)));
-typedef uint32_t vecu __attribute__((vector_size(4 * W)));
-typedef uint16_t half_vec __attribute__((vector_size(2 * W)));
-typedef int8_t byte_vec __attribute__((vector_size(W)));
+#elif defined __AVX2__
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+template <class E, int N> struct Vector { typedef E type __attribute__((vector_size(sizeof(E) * N))); };
+template <class E, int N = W> using Of = typename Vector<E, N>::type;
+typedef Of<float> vec;
+typedef Of<int32_t> veci;
+typedef Of<uint32_t> vecu;
+typedef Of<int16_t, 2 * W> short_vec;
 
 struct bf16 { uint16_t bits; };  // the upper half of a float32
 
@@ -765,31 +768,32 @@ static inline void put(bf16* p, float x) {  // round to nearest, ties to even; N
 }
 static inline vec load(const float* p) { vec v; memcpy(&v, p, sizeof v); return v; }
 static inline vec load(const bf16* p) {
-#ifdef __AVX512F__  // what follows, in the two instructions that it could be
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-    return (vec)_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+#if defined __AVX512F__  // what follows, in the two instructions that it could be
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined __AVX2__
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #endif
-    half_vec h; memcpy(&h, p, sizeof h);
-    vecu u = __builtin_convertvector(h, vecu) << 16;
-    vec v; memcpy(&v, &u, sizeof v);
-    return v;
+    Of<uint16_t> h; memcpy(&h, p, sizeof h);
+    return (vec)(__builtin_convertvector(h, vecu) << 16);
 }
 static inline vec load(const int8_t* p) {
-#ifdef __AVX512F__  // likewise
+#if defined __AVX512F__  // likewise
     return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined __AVX2__
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #endif
-    byte_vec b; memcpy(&b, p, sizeof b);
-    return __builtin_convertvector(b, vec);
+    Of<int8_t> b; memcpy(&b, p, sizeof b);  // in steps: GCC would convert one at a time
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, Of<int16_t>), veci), vec);
 }
 static inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
-static inline float sum(vec v) {  // in halves: sixteen additions one after the other would be sixteen waits
-    typedef float vec8 __attribute__((vector_size(32)));
-    typedef float vec4 __attribute__((vector_size(16)));
-    vec8 x[2]; memcpy(x, &v, sizeof v);
-    vec8 y = x[0] + x[1];
-    vec4 z[2]; memcpy(z, &y, sizeof y);
-    vec4 w = z[0] + z[1];
-    return (w[0] + w[2]) + (w[1] + w[3]);
+template <int N = W>
+static inline float sum(Of<float, N> v) {  // in halves: one addition after the other would be many waits
+    if constexpr (N == 4) {
+        return (v[0] + v[2]) + (v[1] + v[3]);
+    } else {
+        Of<float, N / 2> x[2]; memcpy(x, &v, sizeof v);
+        return sum<N / 2>(x[0] + x[1]);
+    }
 }
 // exp of a float to 2 units in the last place: 2^n times a polynomial on |r| <= ln(2)/2. The compiler vectorizes loops
 // over this, which over the library's exp it may not.
@@ -819,16 +823,11 @@ extern "C" void add_norm(const T* __restrict x, const T* __restrict delta, const
         for (int64_t r = 0; r < rows; r++) {
             const T *xr = x + r * cols, *dr = delta + r * cols;
             T *or_ = out + r * cols, *tr = total + r * cols;
-            if (delta) {
+            #pragma omp simd
+            for (int64_t c = 0; c < cols; c++) {
                 // Rounded as it is stored: the norm must see what the next layer's residual will see.
-                #pragma omp simd
-                for (int64_t c = 0; c < cols; c++) {
-                    put(&tr[c], to_float(xr[c]) + to_float(dr[c]));
-                    row[c] = to_float(tr[c]);
-                }
-            } else {
-                #pragma omp simd
-                for (int64_t c = 0; c < cols; c++) row[c] = to_float(xr[c]);
+                if (delta) put(&tr[c], to_float(xr[c]) + to_float(dr[c]));
+                row[c] = delta ? to_float(tr[c]) : to_float(xr[c]);
             }
             float s = 0, ss = 0, mean = 0;
             if (bias) {
@@ -949,143 +948,139 @@ extern "C" void rope_and_write_kv(T* qkv, const int64_t* positions, const int64_
 // input of an output or several neighbouring ones. A panel is read once, from front to end: a piece of it is multiplied
 // with all rows, a tile of up to 14 rows by 32 outputs at a time (28 sums, of AVX-512's 32 registers), before the next
 // piece is touched, which the tiles meanwhile ask memory for. A row's result does not depend on its neighbours.
-constexpr int COLS = 2, PANEL = COLS * W, PIECE = 256, MOST_ROWS = 56;
+constexpr int PANEL = 32, COLS = PANEL / W, PIECE = 256, MOST_ROWS = 56;
 #ifdef __AVX512F__
 constexpr int TILE = 14;
 #else
 constexpr int TILE = 3;  // fewer and smaller registers
 #endif
 
-// What a word holds, how it is multiplied with the inputs of a row, and how these are made ready. STEPS: operands in a word.
-struct Floats {
-    typedef float Word; typedef float Input; typedef vec Sum;
+// What a word holds, how it is multiplied with the inputs of a row, and how these are made ready (in multiples of a unit,
+// which is returned). STEPS: operands in a word.
+template <class E>
+struct Numbers {
+    typedef vec Sum;
+    static float make_ready(const T* from, void* to, int64_t n) {
+        #pragma omp simd
+        for (int64_t i = 0; i < n; i++) put((E*)to + i, to_float(from[i]));
+        return 1;
+    }
+};
+struct Floats : Numbers<float> {
+    typedef float Word; typedef float Input;
     static constexpr int STEPS = 1, INPUTS = 1;
     static vec operand(const Word* w, int) { return load(w); }
     static vec add_product(vec sum, Input x, vec w) { return sum + x * w; }
 };
-#ifdef __AVX512BF16__
-struct Pairs {  // two bfloat16: one instruction multiplies both and adds both products
-    typedef uint32_t Word; typedef uint32_t Input; typedef vec Sum;
+struct Pairs : Numbers<bf16> {  // two to a word: some CPUs multiply both and add both products in one instruction
+    typedef uint32_t Word; typedef uint32_t Input;
     static constexpr int STEPS = 1, INPUTS = 2;
     static vecu operand(const Word* w, int) { vecu u; memcpy(&u, w, sizeof u); return u; }
     static vec add_product(vec sum, Input x, vecu w) {
+#ifdef __AVX512BF16__
         return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(x), (__m512bh)w);
+#endif
+        vecu xs = vecu{} + x, upper = vecu{} + 0xffff0000;
+        return sum + (vec)(xs << 16) * (vec)(w << 16) + (vec)(xs & upper) * (vec)(w & upper);
     }
 };
-#endif
 // Codes are multiplied as integers: x is rounded to 16 bits of the largest in its PIECE, which is to more than bfloat16
 // keeps unless it is below a 128th of that, and 256 products of 7 and 15 bits add up to less than 31.
 struct Bytes {
     typedef uint16_t Word; typedef uint32_t Input; typedef veci Sum;
     static constexpr int STEPS = 1, INPUTS = 2;
-    static vecu operand(const Word* w, int) {
-#ifdef __AVX512BW__
-        return (vecu)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w));
-#endif
-        half_vec h; memcpy(&h, w, sizeof h);
-        vecu u = __builtin_convertvector(h, vecu);
-        return (vecu)((veci)(u << 24) >> 24 & 0xffff) | (vecu)((veci)(u << 16) >> 24) << 16;
+    static float make_ready(const T* from, Input* to, int64_t n) {
+        float largest = 1e-30f, zero = 0;  // zero: NaN if an input is, or is infinite, and then so is the unit
+        #pragma omp simd reduction(max : largest) reduction(+ : zero)
+        for (int64_t i = 0; i < n; i++) {
+            float y = to_float(from[i]), size = y < 0 ? -y : y;
+            largest = size > largest ? size : largest;
+            zero += y - y;
+        }
+        float per_unit = zero == 0 ? 32767 / largest : 0;
+        int16_t* pairs = (int16_t*)to;
+        #pragma omp simd
+        for (int64_t i = 0; i < n; i++) {
+            float y = to_float(from[i]) * per_unit;
+            pairs[i] = int16_t(int32_t((y == y ? y : 0) + 32768.5f) - 32768);
+        }
+        return largest / 32767 + zero;
     }
-    static veci add_product(veci sum, Input x, vecu w) {
+    static short_vec operand(const Word* w, int) {
+#ifdef __AVX512BW__  // what follows, in the one instruction that it could be
+        return (short_vec)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w));
+#endif
+        Of<int8_t, 2 * W> b; memcpy(&b, w, sizeof b);
+        return __builtin_convertvector(b, short_vec);
+    }
+    static veci add_product(veci sum, Input x, short_vec w) {
 #ifdef __AVX512VNNI__
         return (veci)_mm512_dpwssd_epi32((__m512i)sum, _mm512_set1_epi32(x), (__m512i)w);
-#elif defined __AVX2__
-        __m256i s[2], v[2];
-        memcpy(s, &sum, sizeof s); memcpy(v, &w, sizeof v);
-        for (int i = 0; i < 2; i++) s[i] = _mm256_add_epi32(s[i], _mm256_madd_epi16(v[i], _mm256_set1_epi32(x)));
-        memcpy(&sum, s, sizeof s);
-        return sum;
+#elif defined __AVX512BW__
+        return sum + (veci)_mm512_madd_epi16((__m512i)w, _mm512_set1_epi32(x));
+#elif defined __AVX2__ && !defined __AVX512F__
+        return sum + (veci)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(x));
 #endif
-        return sum + int16_t(x) * ((veci)(w << 16) >> 16) + (int32_t(x) >> 16) * ((veci)w >> 16);
+        return sum + int16_t(x) * ((veci)w << 16 >> 16) + (int32_t(x) >> 16) * ((veci)w >> 16);
     }
 };
-struct Nibbles : Bytes {  // the order of kernels.quantize: inputs 2i and 2i + 1 in bits 4i and 4i + 16, each 8 too large
+struct Nibbles : Bytes {  // inputs 2i and 2i + 1 in bits 4i and 4i + 16
     typedef uint32_t Word;
     static constexpr int STEPS = 4, INPUTS = 8;
-    static vecu operand(const Word* w, int step) {
+    static short_vec operand(const Word* w, int step) {
         vecu u; memcpy(&u, w, sizeof u);
-        return u >> 4 * step & 0x000f000f;
+        return (short_vec)(u << (12 - 4 * step)) >> 12;  // shifted out with its sign
     }
 };
 template <class K> constexpr bool is_code = std::is_same<typename K::Sum, veci>::value;
 
-// R rows of x times n words of a panel, added to sums. Codes have a scale per output and `group` words, and one per row.
+// R rows of x times n words of 32 columns, added to sums. Codes have a scale per column, and one per row.
 template <class K, int R>
-static void tile(const typename K::Input* x, int64_t stride, const typename K::Word* w, int64_t n, const float* scales,
-                 int64_t group, const float* row_scales, float* sums) {
-    int64_t ahead = n * PANEL;
-    for (int64_t left = n; left > 0; left -= group, scales += PANEL) {
-        typename K::Sum acc[R][COLS] = {};
-        int64_t some = std::min(left, group);
-        if constexpr (std::is_same<K, Nibbles>::value)
-            for (int r = 0; r < R; r++) {
-                int32_t total = 0;
-                for (int64_t i = 0; i < some * K::STEPS; i++)
-                    total += int16_t(x[r * stride + i]) + (int32_t(x[r * stride + i]) >> 16);
-                for (int c = 0; c < COLS; c++) acc[r][c] -= 8 * total;
-            }
-        for (int64_t i = 0; i < some; i++, w += PANEL) {
-            for (int byte = 0; byte < PANEL * int(sizeof *w); byte += 64)
-                __builtin_prefetch((const char*)(w + ahead) + byte, 0, 2);
-            #pragma GCC unroll 4
-            for (int step = 0; step < K::STEPS; step++, x++) {
-                auto b0 = K::operand(w, step), b1 = K::operand(w + W, step);
-                #pragma GCC unroll 14
-                for (int r = 0; r < R; r++) {
-                    auto v = x[r * stride];
-                    acc[r][0] = K::add_product(acc[r][0], v, b0);
-                    acc[r][1] = K::add_product(acc[r][1], v, b1);
-                }
-            }
+static void tile(const typename K::Input* x, int64_t x_stride, const typename K::Word* w, int64_t w_stride, int64_t n,
+                 const float* scales, const float* row_scales, float* sums, int64_t stride) {
+    typename K::Sum acc[R][COLS] = {};
+    for (int64_t i = 0; i < n; i++, w += w_stride) {
+        for (int byte = 0; byte < PANEL * int(sizeof *w); byte += 64)
+            __builtin_prefetch((const char*)(w + PIECE / K::INPUTS * PANEL) + byte, 0, 2);
+        #pragma GCC unroll 4
+        for (int step = 0; step < K::STEPS; step++, x++) {
+            decltype(K::operand(w, step)) b[COLS];
+            #pragma GCC unroll 8
+            for (int c = 0; c < COLS; c++) b[c] = K::operand(w + c * W, step);
+            #pragma GCC unroll 14
+            for (int r = 0; r < R; r++)
+                #pragma GCC unroll 8
+                for (int c = 0; c < COLS; c++) acc[r][c] = K::add_product(acc[r][c], x[r * x_stride], b[c]);
         }
-        for (int c = 0; c < COLS; c++)
-            for (int r = 0; r < R; r++) {
-                float* to = sums + r * PANEL + c * W;
-                if constexpr (is_code<K>)
-                    store(to, load(to) + __builtin_convertvector(acc[r][c], vec) * (load(scales + c * W) * row_scales[r]));
-                else store(to, load(to) + acc[r][c]);
-            }
     }
+    for (int c = 0; c < COLS; c++)
+        for (int r = 0; r < R; r++) {
+            float* to = sums + r * stride + c * W;
+            if constexpr (is_code<K>)
+                store(to, load(to) + __builtin_convertvector(acc[r][c], vec) * (load(scales + c * W) * row_scales[r]));
+            else store(to, load(to) + acc[r][c]);
+        }
 }
 template <class K, int... R>
-static auto tiles_of(std::integer_sequence<int, R...>) {
+static constexpr auto tiles_of(std::integer_sequence<int, R...>) {
     return std::array{(decltype(&tile<K, 1>))nullptr, &tile<K, R + 1>...};
 }
-
-static float make_ready(const T* from, float* to, int64_t n, Floats) {
-    #pragma omp simd
-    for (int64_t i = 0; i < n; i++) to[i] = to_float(from[i]);
-    return 1;
-}
-static float make_ready(const T* from, uint32_t* to, int64_t n, Bytes) {  // two rounded inputs each; returns their unit
-    float largest = 1e-30f, zero = 0;  // zero: NaN if an input is, or is infinite, and then so is the unit
-    #pragma omp simd reduction(max : largest) reduction(+ : zero)
-    for (int64_t i = 0; i < n; i++) {
-        float y = to_float(from[i]), size = y < 0 ? -y : y;
-        largest = size > largest ? size : largest;
-        zero += y - y;
+// The same for any number of rows, in tiles of about one size.
+template <class K>
+static void multiply(int64_t rows, const typename K::Input* x, int64_t x_stride, const typename K::Word* w,
+                     int64_t w_stride, int64_t n, const float* scales, const float* row_scales, float* sums,
+                     int64_t stride) {
+    static constexpr auto tiles = tiles_of<K>(std::make_integer_sequence<int, TILE>());
+    for (int64_t t = 0, num_tiles = (rows + TILE - 1) / TILE, r = 0, next; t < num_tiles; t++, r = next) {
+        next = rows * (t + 1) / num_tiles;
+        tiles[next - r](x + r * x_stride, x_stride, w, w_stride, n, scales, row_scales + r, sums + r * stride, stride);
     }
-    float per_unit = zero == 0 ? 32767 / largest : 0;
-    int16_t* pairs = (int16_t*)to;
-    #pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-        float y = to_float(from[i]) * per_unit;
-        pairs[i] = int16_t(int32_t((y == y ? y : 0) + 32768.5f) - 32768);
-    }
-    return largest / 32767 + zero;
 }
-#ifdef __AVX512BF16__
-[[maybe_unused]] static float make_ready(const T* from, uint32_t* to, int64_t n, Pairs) {
-    memcpy(to, from, n * sizeof(T));
-    return 1;
-}
-#endif
 
 template <class K>
 static void panels_times(const T* x, const void* panels, const float* scales, const T* bias, T* out, int64_t rows,
                          int64_t outputs, int64_t inputs, int64_t groups, int64_t gelu) {
     typedef typename K::Input Input;
-    const auto tiles = tiles_of<K>(std::make_integer_sequence<int, TILE>());
     int64_t num_panels = (outputs + PANEL - 1) / PANEL, words = (inputs + K::INPUTS - 1) / K::INPUTS;
     int64_t per_group = words / groups, per_piece = PIECE / K::INPUTS, num_pieces = (words + per_piece - 1) / per_piece;
     // Not a power of two between rows: they would all fight for the same few places of the cache.
@@ -1096,27 +1091,21 @@ static void panels_times(const T* x, const void* panels, const float* scales, co
         std::vector<Input> ready(std::min<int64_t>(rows, MOST_ROWS) * stride);
         float* sums = scratch.data();
         for (int64_t row = 0; row < rows; row += MOST_ROWS) {
-            int64_t some = std::min<int64_t>(MOST_ROWS, rows - row), num_tiles = (some + TILE - 1) / TILE;
+            int64_t some = std::min<int64_t>(MOST_ROWS, rows - row);
             for (int64_t r = 0; r < some; r++)
                 for (int64_t i = 0; i < num_pieces; i++)
-                    units[i * some + r] = make_ready(x + (row + r) * inputs + i * PIECE,
-                                                     ready.data() + r * stride + i * per_piece * K::STEPS,
-                                                     std::min<int64_t>(PIECE, inputs - i * PIECE), K());
+                    units[i * some + r] = K::make_ready(x + (row + r) * inputs + i * PIECE,
+                                                        ready.data() + r * stride + i * per_piece * K::STEPS,
+                                                        std::min<int64_t>(PIECE, inputs - i * PIECE));
             #pragma omp for schedule(static) nowait
             for (int64_t p = 0; p < num_panels; p++) {
                 std::fill(sums, sums + some * PANEL, 0.f);
-                for (int64_t k = 0, n; k < words; k += n) {
-                    int64_t piece = k / per_piece, g = k / per_group, to_piece = (piece + 1) * per_piece - k;
-                    // To the piece's end if that is also a group's, else to where the first of both ends.
-                    n = std::min(words - k, per_piece % per_group == 0 ? to_piece
-                                            : std::min(to_piece, (g + 1) * per_group - k));
-                    const auto* w = (const typename K::Word*)panels + (p * words + k) * PANEL;
-                    for (int64_t t = 0; t < num_tiles; t++) {
-                        int64_t r0 = some * t / num_tiles, r1 = some * (t + 1) / num_tiles;
-                        tiles[r1 - r0](ready.data() + r0 * stride + k * K::STEPS, stride, w, n,
-                                       scales + (p * groups + g) * PANEL, std::min(per_group, n),
-                                       units.data() + piece * some + r0, sums + r0 * PANEL);
-                    }
+                for (int64_t k = 0, n; k < words; k += n) {  // to where a piece or a group ends
+                    int64_t piece = k / per_piece, g = k / per_group;
+                    n = std::min({(piece + 1) * per_piece, (g + 1) * per_group, words}) - k;
+                    multiply<K>(some, ready.data() + k * K::STEPS, stride,
+                                (const typename K::Word*)panels + (p * words + k) * PANEL, PANEL, n,
+                                scales + (p * groups + g) * PANEL, units.data() + piece * some, sums, PANEL);
                 }
                 int64_t first = p * PANEL, count = std::min<int64_t>(PANEL, outputs - first);
                 for (int64_t r = 0; r < some; r++) {
@@ -1134,18 +1123,9 @@ static void panels_times(const T* x, const void* panels, const float* scales, co
 }
 extern "C" void panel_linear(const T* x, const void* panels, const float* scales, const T* bias, T* out, int64_t rows,
                              int64_t outputs, int64_t inputs, int64_t groups, int64_t bits, int64_t gelu) {
-    auto product = bits == 32 ? panels_times<Floats> : bits == 8 ? panels_times<Bytes> : panels_times<Nibbles>;
-#ifdef __AVX512BF16__
-    if constexpr (sizeof(T) == 2) if (bits == 16) product = panels_times<Pairs>;
-#endif
+    auto product = bits == 32 ? panels_times<Floats> : bits == 16 ? panels_times<Pairs>
+                 : bits == 8 ? panels_times<Bytes> : panels_times<Nibbles>;
     product(x, panels, scales, bias, out, rows, outputs, inputs, groups, gelu);
-}
-extern "C" int64_t multiplies_pairs() {  // whether bits may be 16: the compiler may know less than the CPU can
-#ifdef __AVX512BF16__
-    return sizeof(T) == 2;
-#else
-    return 0;
-#endif
 }
 
 // ---- One token per row: where the cumulative probability of what the filters keep passes the noise. All filters come
@@ -1222,20 +1202,11 @@ constexpr int ROWS = 64;  // rows of one task, at most, unless a single query ha
 constexpr int FEW = 8;    // rows that share a key/value head, from which on arithmetic and not memory is the limit
 
 struct Rows {
-    int64_t D, Dp, rows = 0;  // Dp: D rounded up to whole vectors
+    int64_t D, Dp, rows;  // Dp: D rounded up to whole panels
     std::vector<float> q, s, acc, m, l;
-    Rows(int64_t D, int64_t most) : D(D), Dp((D + W - 1) / W * W), q((most + 3) * Dp), s((most + 3) * KEYS),
-        acc((most + 3) * Dp), m(most + 3), l(most + 3) {}
+    Rows(int64_t D, int64_t most) : D(D), Dp((D + PANEL - 1) / PANEL * PANEL), q(most * Dp), s(most * KEYS), acc(most * Dp),
+        m(most), l(most) {}
 
-    void start(int64_t rows_) {
-        rows = rows_;
-        std::fill(acc.begin(), acc.end(), 0.f);
-        std::fill(m.begin(), m.end(), -1e30f);
-        std::fill(l.begin(), l.end(), 0.f);
-    }
-    void set_query(int64_t r, const T* from, float scale) {
-        for (int64_t d = 0; d < D; d++) q[r * Dp + d] = to_float(from[d]) * scale;
-    }
     // s becomes exp(s - m), 0 where not visible; row r sees the keys first .. last-1 of these. SCALED: s is first
     // multiplied by the scales of the keys, in the end by those of the values.
     template <bool SCALED>
@@ -1261,9 +1232,6 @@ struct Rows {
         }
         l[r] += total;
         m[r] = top;
-    }
-    void finish(int64_t r, T* to) {
-        for (int64_t d = 0; d < D; d++) put(&to[d], acc[r * Dp + d] / l[r]);
     }
 };
 
@@ -1293,56 +1261,41 @@ static void values_few(Rows& t, const C* const* v, const C* const* ahead, int64_
     for (int j = 0; j < KEYS; j += 4) {
         for (int i = 0; i < 4; i++)
             for (int64_t d = 0; d < heads * D; d += 64 / sizeof(C)) __builtin_prefetch(ahead[j + i] + d, 0, 2);
-        for (int64_t h = 0; h < heads; h++) {
-            const C *v0 = v[j] + h * D, *v1 = v[j + 1] + h * D, *v2 = v[j + 2] + h * D, *v3 = v[j + 3] + h * D;
+        for (int64_t h = 0; h < heads; h++)
             for (int64_t r = h * group; r < (h + 1) * group; r++) {
                 const float* p = &t.s[r * KEYS + j];
                 float* acc = &t.acc[r * Dp];
                 int64_t d = 0;
-                for (; d + W <= D; d += W)
-                    store(acc + d, load(acc + d) + (p[0] * load(v0 + d) + p[1] * load(v1 + d))
-                                                 + (p[2] * load(v2 + d) + p[3] * load(v3 + d)));
+                for (; d + W <= D; d += W) {
+                    vec a = load(acc + d);
+                    for (int i = 0; i < 4; i += 2)
+                        a += p[i] * load(v[j + i] + h * D + d) + p[i + 1] * load(v[j + i + 1] + h * D + d);
+                    store(acc + d, a);
+                }
                 for (; d < D; d++)
-                    acc[d] += p[0] * to_float(v0[d]) + p[1] * to_float(v1[d])
-                            + p[2] * to_float(v2[d]) + p[3] * to_float(v3[d]);
+                    for (int i = 0; i < 4; i++) acc[d] += p[i] * to_float(v[j + i][h * D + d]);
             }
-        }
     }
 }
 
-// Many rows of one head (prefill): arithmetic is the limit. Keys are turned into columns, so that four rows by 32 keys of
-// accumulators stay in registers; likewise four rows of values.
+// Many rows of one head (prefill): arithmetic is the limit, and it is that of `panel_linear`. Keys are turned into columns.
 template <class C>
 static void scores_many(Rows& t, const C* const* k, float* kt) {
     for (int j = 0; j < KEYS; j++)
         for (int64_t d = 0; d < t.D; d++) kt[d * KEYS + j] = to_float(k[j][d]);
-    for (int64_t r = 0; r < t.rows; r += 4) {
-        vec a[4][2] = {};
-        for (int64_t d = 0; d < t.D; d++) {
-            vec k0 = load(&kt[d * KEYS]), k1 = load(&kt[d * KEYS + W]);
-            for (int i = 0; i < 4; i++) { float x = t.q[(r + i) * t.Dp + d]; a[i][0] += x * k0; a[i][1] += x * k1; }
-        }
-        for (int i = 0; i < 4; i++) { store(&t.s[(r + i) * KEYS], a[i][0]); store(&t.s[(r + i) * KEYS + W], a[i][1]); }
-    }
+    std::fill(t.s.begin(), t.s.end(), 0.f);
+    multiply<Floats>(t.rows, t.q.data(), t.Dp, kt, KEYS, t.D, nullptr, nullptr, t.s.data(), KEYS);
 }
 template <class C>
 static void values_many(Rows& t, const C* const* v, float* wide) {
     for (int j = 0; j < KEYS; j++)
         for (int64_t d = 0; d < t.D; d++) wide[j * t.Dp + d] = to_float(v[j][d]);
-    for (int64_t r = 0; r < t.rows; r += 4)
-        for (int64_t d = 0; d < t.Dp; d += W) {
-            vec a[4];
-            for (int i = 0; i < 4; i++) a[i] = load(&t.acc[(r + i) * t.Dp + d]);
-            for (int j = 0; j < KEYS; j++) {
-                vec x = load(&wide[j * t.Dp + d]);
-                for (int i = 0; i < 4; i++) a[i] += t.s[(r + i) * KEYS + j] * x;
-            }
-            for (int i = 0; i < 4; i++) store(&t.acc[(r + i) * t.Dp + d], a[i]);
-        }
+    for (int64_t d = 0; d < t.Dp; d += PANEL)
+        multiply<Floats>(t.rows, t.s.data(), KEYS, wide + d, t.Dp, KEYS, nullptr, nullptr, &t.acc[d], t.Dp);
 }
 
 template <class C>
-static void attend(const T* q, const C* k_cache, const C* v_cache, const bf16* k_scales, const bf16* v_scales,
+static void attend(const T* q, const void* k_cache, const void* v_cache, const bf16* k_scales, const bf16* v_scales,
                    const int32_t* block_tables, const int32_t* context_lens, const int32_t* query_start, T* out, int64_t B,
                    int64_t M, int64_t block_size, int64_t heads, int64_t kv_heads, int64_t D, int64_t q_stride,
                    int64_t window, float scale) {
@@ -1370,32 +1323,38 @@ static void attend(const T* q, const C* k_cache, const C* v_cache, const bf16* k
             int64_t start = query_start[b], position0 = context_lens[b] - (query_start[b + 1] - start);
             int64_t rows = (last - first) * group, n_heads = h1 - h0;  // rows of one key/value head
             bool few = rows < FEW;
-            t.start(rows * n_heads);
+            t.rows = rows * n_heads;
+            std::fill(t.acc.begin(), t.acc.end(), 0.f);
+            std::fill(t.m.begin(), t.m.end(), -1e30f);
+            std::fill(t.l.begin(), t.l.end(), 0.f);
             // Row r of head h: query first + r / group, query head h * group + r % group.
             auto place = [&](int64_t r) { return start + first + r % rows / group; };
             auto head = [&](int64_t r) { return (h0 + r / rows) * group + r % group; };
-            for (int64_t r = 0; r < t.rows; r++) t.set_query(r, q + place(r) * q_stride + head(r) * D, scale);
+            for (int64_t r = 0; r < t.rows; r++) {
+                const T* from = q + place(r) * q_stride + head(r) * D;
+                for (int64_t d = 0; d < D; d++) t.q[r * t.Dp + d] = to_float(from[d]) * scale;
+            }
             int64_t lo = window ? std::max<int64_t>(0, position0 + first - window + 1) : 0, hi = position0 + last;
             const C *k[KEYS], *v[KEYS], *next[KEYS];
-            auto locate = [&](int64_t j0, const C* cache, const C** to, bool scaled) {  // past the end: the last one again
+            auto locate = [&](int64_t j0, const void* cache, const C** to) {  // past the end: the last one again
                 for (int64_t j = 0, n; j < KEYS; j += n) {  // n keys of one block
                     int64_t at = std::min(j0 + j, hi - 1), block = block_tables[b * M + at / block_size];
                     int64_t i0 = at % block_size;
                     n = std::min({block_size - i0, hi - at, KEYS - j});
-                    const C* row = cache + ((block * block_size + i0) * kv_heads + h0) * D;
+                    const C* row = (const C*)cache + ((block * block_size + i0) * kv_heads + h0) * D;
                     for (int64_t i = 0; i < n; i++) to[j + i] = row + i * kv_heads * D;
-                    for (int64_t h = 0; scaled && h < n_heads; h++) {
+                    for (int64_t h = 0; SCALED && cache == v_cache && h < n_heads; h++) {
                         int64_t there = (block * kv_heads + h0 + h) * block_size + i0, here = h * KEYS + j;
                         for (int64_t i = 0; i < n; i++) k_factors[here + i] = to_float(k_scales[there + i]);
                         for (int64_t i = 0; i < n; i++) v_factors[here + i] = to_float(v_scales[there + i]);
                     }
                 }
             };
-            locate(lo, k_cache, next, false);
+            locate(lo, k_cache, next);
             for (int64_t j0 = lo; j0 < hi; j0 += KEYS) {
                 std::copy(next, next + KEYS, k);
-                locate(j0, v_cache, v, SCALED);
-                locate(j0 + KEYS, k_cache, next, false);
+                locate(j0, v_cache, v);
+                locate(j0 + KEYS, k_cache, next);
                 // Blocks are scattered, so no hardware guesses what comes next: while reading the keys ask for the values,
                 // while reading the values for the next keys.
                 if (few) scores(t, k, v, n_heads, rows); else scores_many(t, k, scratch.data());
@@ -1407,7 +1366,9 @@ static void attend(const T* q, const C* k_cache, const C* v_cache, const bf16* k
                 }
                 if (few) values(t, v, next, n_heads, rows); else values_many(t, v, scratch.data());
             }
-            for (int64_t r = 0; r < t.rows; r++) t.finish(r, out + (place(r) * heads + head(r)) * D);
+            for (int64_t r = 0; r < t.rows; r++)
+                for (int64_t d = 0; d < D; d++)
+                    put(&out[(place(r) * heads + head(r)) * D + d], t.acc[r * t.Dp + d] / t.l[r]);
         }
     }
 }
@@ -1416,13 +1377,9 @@ extern "C" void paged_attention(const T* q, const void* k_cache, const void* v_c
                                 const int32_t* query_start, T* out, int64_t B, int64_t M, int64_t block_size,
                                 int64_t heads, int64_t kv_heads, int64_t D, int64_t q_stride, int64_t window,
                                 int64_t cache_bits, float scale) {
-    auto run = [&](auto* k, auto* v) {
-        attend(q, k, v, k_scales, v_scales, block_tables, context_lens, query_start, out, B, M, block_size, heads, kv_heads,
-               D, q_stride, window, scale);
-    };
-    if (cache_bits == 8) run((const int8_t*)k_cache, (const int8_t*)v_cache);
-    else if (cache_bits == 16) run((const bf16*)k_cache, (const bf16*)v_cache);
-    else run((const T*)k_cache, (const T*)v_cache);
+    auto run = cache_bits == 8 ? attend<int8_t> : cache_bits == 16 ? attend<bf16> : attend<T>;
+    run(q, k_cache, v_cache, k_scales, v_scales, block_tables, context_lens, query_start, out, B, M, block_size, heads,
+        kv_heads, D, q_stride, window, scale);
 }
 """
 
@@ -1447,7 +1404,7 @@ class CudaKernels:
         properties = torch.cuda.get_device_properties(device)
         # The context that torch uses for this device. The calling thread's current one may belong to another device, and
         # a thread that has not touched CUDA yet has none.
-        self.context = self._check(driver.cuDevicePrimaryCtxRetain(self._check(driver.cuDeviceGet(device.index))))
+        self.context = _check(driver.cuDevicePrimaryCtxRetain(_check(driver.cuDeviceGet(device.index))))
         self.device, self.num_sms = device, properties.multi_processor_count
         self.arch = f"sm_{properties.major}{properties.minor}"
         self.loaded: dict[tuple, object] = {}
@@ -1463,29 +1420,23 @@ class CudaKernels:
         key = name, *sorted(constants.items())
         pointers, _values = kernel_arguments(args)
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        self._check(self.driver.cuCtxPushCurrent(self.context))
+        _check(self.driver.cuCtxPushCurrent(self.context))
         try:
             if key not in self.loaded:
                 self.loaded[key] = self._load(name, constants)
-            self._check(self.driver.cuLaunchKernel(self.loaded[key], *grid, *(1,) * (3 - len(grid)), block, 1, 1,
+            _check(self.driver.cuLaunchKernel(self.loaded[key], *grid, *(1,) * (3 - len(grid)), block, 1, 1,
                                                    constants.get("SHARED", 0), stream, ctypes.addressof(pointers), 0))
         finally:
-            self._check(self.driver.cuCtxPopCurrent())
+            _check(self.driver.cuCtxPopCurrent())
 
     def _load(self, name, constants):
         code = nvrtc_compile(cuda_source(name, self.element, **constants), self.arch)
-        module = self._check(self.driver.cuModuleLoadData(code))
-        function = self._check(self.driver.cuModuleGetFunction(module, name.encode()))
+        module = _check(self.driver.cuModuleLoadData(code))
+        function = _check(self.driver.cuModuleGetFunction(module, name.encode()))
         if "SHARED" in constants:
             most = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self._check(self.driver.cuFuncSetAttribute(function, most, constants["SHARED"]))
+            _check(self.driver.cuFuncSetAttribute(function, most, constants["SHARED"]))
         return function
-
-    def _check(self, result):
-        error, *values = result
-        if error:
-            raise RuntimeError(f"CUDA: {error.name}")
-        return values[0] if values else None
 
 
 @functools.cache
@@ -1504,6 +1455,14 @@ def cuda_kernels(device: torch.device, dtype: torch.dtype) -> CudaKernels | None
         return None
 
 
+def _check(result):
+    """What a function of CUDA's driver or of NVRTC returned, without its error, which is raised."""
+    error, *values = result
+    if error:
+        raise RuntimeError(f"CUDA: {error.name}")
+    return values[0] if values else None
+
+
 def cuda_source(name: str, element: str, **constants: int) -> str:
     """The complete source of a kernel: the prelude, the element type and constants that it leaves open, itself."""
     source = next(text for key, text in CUDA.items() if re.search(rf"\b{name}\(", text) and key != "prelude")
@@ -1515,33 +1474,24 @@ def nvrtc_compile(source: str, arch: str) -> bytes:
     """Machine code for `arch` (such as sm_90), from the user's cache folder or newly compiled. RuntimeError has the log."""
     from cuda.bindings import nvrtc
 
-    def check(result):
-        error, *values = result
-        if error:
-            raise RuntimeError(f"NVRTC: {error.name}")
-        return values[0] if values else None
-
     version = "{}.{}".format(*nvrtc.nvrtcVersion()[1:])
-    key = hashlib.sha256("\0".join([source, arch, version]).encode()).hexdigest()[:16]
-    target = cache_folder() / f"cuda-{arch}-{key}.cubin"
+    target = cached(f"cuda-{arch}", ".cubin", source, arch, version)
     if target.exists():  # the code, then its hash: who loads what a full disk or a crash left of it gets anything
         code, end = (data := target.read_bytes())[:-32], data[-32:]
         if hashlib.sha256(code).digest() == end:
             return code
-    program = check(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
+    program = _check(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
     options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17"]
     if nvrtc.nvrtcCompileProgram(program, len(options), options)[0]:
-        log = b" " * check(nvrtc.nvrtcGetProgramLogSize(program))
-        check(nvrtc.nvrtcGetProgramLog(program, log))
+        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+        _check(nvrtc.nvrtcGetProgramLog(program, log))
         raise RuntimeError(log.decode(errors="replace").strip("\0 "))
-    code = b" " * check(nvrtc.nvrtcGetCUBINSize(program))
-    check(nvrtc.nvrtcGetCUBIN(program, code))
-    check(nvrtc.nvrtcDestroyProgram(program))
-    with contextlib.suppress(OSError):  # a folder that nobody can write to costs time at the next start, no more
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            (built := Path(scratch) / "kernel.cubin").write_bytes(code + hashlib.sha256(code).digest())
-            built.replace(target)  # in one move: another process may be writing the same
+    code = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+    _check(nvrtc.nvrtcGetCUBIN(program, code))
+    _check(nvrtc.nvrtcDestroyProgram(program))
+    # A folder that nobody can write to costs time at the next start, no more.
+    with contextlib.suppress(OSError), new_file(target) as path:
+        path.write_bytes(code + hashlib.sha256(code).digest())
     return code
 
 
@@ -1568,52 +1518,38 @@ def threads(most: int) -> int:
 CUDA = {}
 
 CUDA["prelude"] = r"""
-struct bf16 { unsigned short bits; };
-struct fp16 { unsigned short bits; };
-
 #ifndef CUDA_ON_CPU  // tutorial/cuda_on_cpu.h says what these mean
 #ifndef INFINITY  // NVRTC has no headers
 #define INFINITY __int_as_float(0x7f800000)
 #endif
-__device__ float bfloat_to_float(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
-__device__ unsigned short float_to_bfloat(float x) {
-    unsigned short bits; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x)); return bits;
-}
-__device__ float half_to_float(unsigned short bits) {
-    float x; asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits)); return x;
-}
-__device__ unsigned short float_to_half(float x) {
-    unsigned short bits; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x)); return bits;
-}
-// d [16, 8] += a [16, 16] b [16, 8] by one warp. Lane 4g + c holds rows g and g+8 of a and d, column g of b; see PTX ISA,
-// mma.m16n8k16: a = {(g; 2c, 2c+1), (g+8; 2c, 2c+1), (g; 2c+8, 2c+9), (g+8; 2c+8, 2c+9)}, b = {(2c, 2c+1; g),
-// (2c+8, 2c+9; g)}, d = {(g, 2c), (g, 2c+1), (g+8, 2c), (g+8, 2c+1)}.
-#define MMA(NAME, TYPE)                                                                                               \
-    __device__ void NAME(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {                             \
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, "                 \
+struct bf16 { unsigned short bits; };
+struct fp16 { unsigned short bits; };
+__device__ float to_float(bf16 x) { return __uint_as_float((unsigned)x.bits << 16); }
+__device__ float to_float(fp16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
+// What there is an instruction for, for either kind E. A register holds a pair of them, the first in the lower half.
+//   mma: d [16, 8] += a [16, 16] b [16, 8] by one warp. Lane 4g + c holds rows g and g+8 of a and d, column g of b; see PTX
+//     ISA, mma.m16n8k16: a = {(g; 2c, 2c+1), (g+8; 2c, 2c+1), (g; 2c+8, 2c+9), (g+8; 2c+8, 2c+9)}, b = {(2c, 2c+1; g),
+//     (2c+8, 2c+9; g)}, d = {(g, 2c), (g, 2c+1), (g+8, 2c), (g+8, 2c+1)}.
+//   fma2: a * b + c, for both halves.
+#define INSTRUCTIONS(E, NAME)                                                                                         \
+    __device__ void put(E* p, float x) { asm("cvt.rn." NAME ".f32 %0, %1;" : "=h"(p->bits) : "f"(x)); }               \
+    __device__ unsigned make_pair(E, float x, float y) {                                                              \
+        unsigned d; asm("cvt.rn." NAME "x2.f32 %0, %1, %2;" : "=r"(d) : "f"(y), "f"(x)); return d;                    \
+    }                                                                                                                 \
+    __device__ unsigned fma2(E, unsigned a, unsigned b, unsigned c) {                                                 \
+        unsigned d; asm("fma.rn." NAME "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); return d;            \
+    }                                                                                                                 \
+    __device__ void mma(E, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {                           \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0, %1, %2, %3}, "                 \
                      "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                                  \
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                 \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                             \
     }
-MMA(mma_bf16, "bf16")
-MMA(mma_fp16, "f16")
-// a * b + c, for both halves.
-__device__ unsigned fma_bf16x2(unsigned a, unsigned b, unsigned c) {
-    unsigned d; asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); return d;
-}
-__device__ unsigned fma_fp16x2(unsigned a, unsigned b, unsigned c) {
-    unsigned d; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); return d;
-}
+INSTRUCTIONS(bf16, "bf16")
+INSTRUCTIONS(fp16, "f16")
 // (a & b) ^ c: one instruction, which two with constants in them would not become by themselves.
 __device__ unsigned and_xor(unsigned a, unsigned b, unsigned c) {
     unsigned d; asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); return d;
-}
-// Two floats as a pair of 16-bit numbers, x in the lower half.
-__device__ unsigned pair_of_bf16(float x, float y) {
-    unsigned d; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(y), "f"(x)); return d;
-}
-__device__ unsigned pair_of_fp16(float x, float y) {
-    unsigned d; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(y), "f"(x)); return d;
 }
 // 2^x in one instruction; 0 for what exp2f would take four to make subnormal.
 __device__ float power_of_2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
@@ -1636,18 +1572,14 @@ LOAD_MATRICES(load_transposed, ".trans")
 // Shared memory of as many bytes as the launch says, the constant SHARED: beyond 48 KB there is no other way.
 #define DYNAMIC_SHARED(NAME) extern __shared__ __align__(16) char NAME[]
 // An 8 x 8 matrix of 16-bit entries, of which lane 4g + c holds (g; 2c, 2c+1), transposed.
-__device__ unsigned transpose_8x8(unsigned pair) {
+__device__ unsigned transpose(unsigned pair) {
     unsigned out; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair)); return out;
 }
 namespace cuda { template <class V> __device__ void check_access(const V*) {} }
 #endif
 
 __device__ float to_float(float x) { return x; }
-__device__ float to_float(bf16 x) { return bfloat_to_float(x.bits); }
-__device__ float to_float(fp16 x) { return half_to_float(x.bits); }
 __device__ void put(float* p, float x) { *p = x; }
-__device__ void put(bf16* p, float x) { p->bits = float_to_bfloat(x); }
-__device__ void put(fp16* p, float x) { p->bits = float_to_half(x); }
 
 // N neighbours, loaded or stored by one instruction.
 template <class T, int N> struct alignas(sizeof(T) * N) Vec { T at[N]; };
@@ -1678,22 +1610,16 @@ template <class First> __device__ int owner(int number, int B, First first) {
     return low;
 }
 
-// Two 16-bit numbers in a register, as the matrix instruction takes them, and the instruction for either kind.
-__device__ unsigned make_pair(bf16, float x, float y) { return pair_of_bf16(x, y); }
-__device__ unsigned make_pair(fp16, float x, float y) { return pair_of_fp16(x, y); }
-__device__ void mma(bf16, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { mma_bf16(d, a, b); }
-__device__ void mma(fp16, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { mma_fp16(d, a, b); }
-
-// Two int8, byte i of x and byte j of y, as such a pair. Exact, and quicker than to convert: from some power of two on
+// Two int8, byte i of x and byte j of y, as a pair. Exact, and quicker than to convert: from some power of two on
 // neighbouring numbers are one apart, so a byte put into its last bits is an integer above it, and that is taken off.
-__device__ unsigned widen_int8(bf16, unsigned x, int i, unsigned y, int j) {
+__device__ unsigned widen_int8(bf16 kind, unsigned x, int i, unsigned y, int j) {
     // A bf16 of 128 .. 255 holds seven bits; the sign decides whether 128 or 256 (the next power) is taken off.
     unsigned codes = __byte_perm(x, y, (4 + j) << 8 | i);
-    return fma_bf16x2(and_xor(codes, 0x007f007f, 0x43004300), 0x3f803f80, and_xor(codes, 0x00800080, 0xc300c300));
+    return fma2(kind, and_xor(codes, 0x007f007f, 0x43004300), 0x3f803f80, and_xor(codes, 0x00800080, 0xc300c300));
 }
-__device__ unsigned widen_int8(fp16, unsigned x, int i, unsigned y, int j) {
+__device__ unsigned widen_int8(fp16 kind, unsigned x, int i, unsigned y, int j) {
     unsigned codes = __byte_perm(x, y, (4 + j) << 8 | i);  // 1024 + code + 128, less 1152
-    return fma_fp16x2(and_xor(codes, 0x00ff00ff, 0x64806480), 0x3c003c00, 0xe480e480);
+    return fma2(kind, and_xor(codes, 0x00ff00ff, 0x64806480), 0x3c003c00, 0xe480e480);
 }
 __device__ float2 widen_int8(float, unsigned x, int i, unsigned y, int j) {  // 2^23 + code + 128, less that
     return make_float2(__uint_as_float(__byte_perm(x ^ 0x80808080, 0x4b000000, 0x7540 + i)) - 8388736.f,
@@ -1849,15 +1775,11 @@ CUDA["paged_attention"] = r"""
 // is the cache).
 constexpr int WARPS = 4, TILES = R / 8;
 
-// Two entries, as the matrix instruction takes them: two 16-bit numbers in a register, or (float) as they are.
-template <class E> struct PairOf { typedef unsigned type; };
-template <> struct PairOf<float> { typedef float2 type; };
-typedef PairOf<T>::type Pair;
+// Two entries, as the matrix instruction takes them: two 16-bit numbers in a register.
 __device__ unsigned firsts(unsigned x, unsigned y) { return __byte_perm(x, y, 0x5410); }
 __device__ unsigned seconds(unsigned x, unsigned y) { return __byte_perm(x, y, 0x7632); }
-__device__ unsigned transpose(unsigned x) { return transpose_8x8(x); }
 
-// No matrix instruction keeps the 24 bits of a float, so floats do by shuffles what the instruction does.
+// No matrix instruction keeps the 24 bits of a float, so floats stay as they are, and do by shuffles what it does.
 __device__ float2 make_pair(float, float x, float y) { return make_float2(x, y); }
 __device__ float2 firsts(float2 x, float2 y) { return make_float2(x.x, y.x); }
 __device__ float2 seconds(float2 x, float2 y) { return make_float2(x.y, y.y); }
@@ -1881,6 +1803,8 @@ __device__ void mma(float, float (&d)[4], const float2 (&a)[4], const float2 (&b
             d[3] += row8.x * right.x + row8.y * right.y;
         }
 }
+
+typedef decltype(make_pair(T(), 0, 0)) Pair;
 
 // What a lane holds of a row of K or V: N pairs, P neighbours at a time, and as they lie in memory: in words of one pair, or
 // of ENTRIES int8.
@@ -2265,8 +2189,6 @@ CUDA["low_bit_linear"] = r"""
 // Left open: T (16 bits), BITS (8: one scale per output, applied to the sum; 4: one per group, applied to the pairs).
 constexpr int WARPS = 8, PER_LANE = 128 / BITS;  // codes in 16 bytes
 
-__device__ unsigned fma2(bf16, unsigned a, unsigned b, unsigned c) { return fma_bf16x2(a, b, c); }
-__device__ unsigned fma2(fp16, unsigned a, unsigned b, unsigned c) { return fma_fp16x2(a, b, c); }
 __device__ unsigned twice(float x) { return make_pair(T(), x, x); }
 // Bits of the T from which on neighbouring Ts are one apart: 128 for bf16, 1024 for fp16. Its last bits are an integer.
 __device__ unsigned base_bits(bf16) { return 0x43004300; }

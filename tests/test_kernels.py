@@ -572,7 +572,7 @@ def test_quantize_rounds_to_the_nearest_code(bits, group):
     most = 2 ** (bits - 1) - 1
     assert (codes - codes.round()).abs().max() < 1e-6 and codes.abs().max() == most
     assert not wide[3].any() and not wide[4, :32].any()  # zeros stay zeros, and no scale divides by nothing
-    assert low.nbytes == 24 * 384 * bits // 8 + 2 * 24 * 384 // group
+    assert (low.codes.nbytes, low.scales.nbytes) == (24 * 384 * bits // 8, 2 * 24 * 384 // group)
     assert kernels.quantize(weight.bfloat16(), bits, group).codes.shape == low.codes.shape
 
 

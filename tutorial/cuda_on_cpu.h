@@ -284,28 +284,36 @@ using std::min;
 
 // ---- What kernels.py's prelude does in PTX on a GPU: conversions, copies, and the instructions for matrices.
 
-static inline float bfloat_to_float(unsigned short bits) { return __uint_as_float(unsigned(bits) << 16); }
-static inline unsigned short float_to_bfloat(float f) {  // to nearest, ties to even; NaN stays NaN
+struct bf16 { unsigned short bits; };
+struct fp16 { unsigned short bits; };
+static inline float to_float(bf16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
+static inline void put(bf16* p, float f) {  // to nearest, ties to even; NaN stays NaN
     unsigned u = __float_as_uint(f);
-    return f != f ? 0x7fff : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    p->bits = f != f ? 0x7fff : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
-static inline float half_to_float(unsigned short bits) {
-    int exponent = bits >> 10 & 31, fraction = bits & 1023;
+static inline float to_float(fp16 x) {
+    int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
     float f = exponent == 31 ? (fraction ? NAN : INFINITY)
             : exponent ? __uint_as_float(unsigned(exponent + 112) << 23 | fraction << 13) : std::ldexp(float(fraction), -24);
-    return bits >> 15 ? -f : f;
+    return x.bits >> 15 ? -f : f;
 }
-static inline unsigned short float_to_half(float f) {
+static inline void put(fp16* p, float f) {
     unsigned short sign = __float_as_uint(f) >> 31 << 15;
     f = std::fabs(f);
-    if (f != f) return 0x7fff;
-    if (f >= 65520) return sign | 0x7c00;
     int exponent = std::max(std::ilogb(std::max(f, 1e-30f)), -14);
-    int fraction = int(std::nearbyint(std::ldexp(f, 10 - exponent)));  // 1024 .. 2048, below that subnormal
-    return sign | (((exponent + 14) << 10) + fraction);
+    int fraction = f < 65520 ? int(std::nearbyint(std::ldexp(f, 10 - exponent))) : 0;  // 1024 .. 2048, below that subnormal
+    p->bits = f != f ? 0x7fff : f >= 65520 ? sign | 0x7c00 : sign | (((exponent + 14) << 10) + fraction);
 }
-static inline unsigned pair_of_bf16(float x, float y) { return float_to_bfloat(x) | unsigned(float_to_bfloat(y)) << 16; }
-static inline unsigned pair_of_fp16(float x, float y) { return float_to_half(x) | unsigned(float_to_half(y)) << 16; }
+template <class E> unsigned make_pair(E, float x, float y) {
+    E pair[2];
+    put(&pair[0], x), put(&pair[1], y);
+    return pair[0].bits | unsigned(pair[1].bits) << 16;
+}
+template <class E> float half_of(unsigned pair, int i) { return to_float(E{(unsigned short)(pair >> 16 * i)}); }
+template <class E> unsigned fma2(E, unsigned a, unsigned b, unsigned c) {
+    auto one = [&](int i) { return float(double(half_of<E>(a, i)) * half_of<E>(b, i) + half_of<E>(c, i)); };
+    return make_pair(E(), one(0), one(1));
+}
 static inline float power_of_2(float x) { return std::exp2(x); }
 
 #define DYNAMIC_SHARED(NAME) alignas(16) __shared__ char NAME[SHARED]
@@ -336,42 +344,25 @@ static inline void load_transposed(unsigned (&x)[4], const void* row) {
     auto entry = [&](int row) { return all.lane(row).words[column / 2] >> 16 * (column % 2) & 0xffff; };
     for (int m = 0; m < 4; m++) x[m] = entry(8 * m + first) | entry(8 * m + first + 1) << 16;
 }
-template <float TO_FLOAT(unsigned short)>
-static void mma_16x8x16(const char* name, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+template <class E> void mma(E, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     struct Both { unsigned a[4], b[2]; } mine;
     memcpy(mine.a, a, sizeof a);
     memcpy(mine.b, b, sizeof b);
-    auto all = cuda::meet(name, mine);
-    auto half = [](unsigned pair, int i) { return TO_FLOAT((unsigned short)(pair >> 16 * i)); };
+    auto all = cuda::meet("mma", mine);
     int g = cuda::lane_id() / 4, c = cuda::lane_id() % 4;
     for (int i = 0; i < 4; i++) {
         int upper = i / 2, n = 2 * c + i % 2;  // this is entry (g + 8 upper, n)
         float sum = 0;
         for (int lane = 0; lane < 4; lane++) {
             Both row = all.lane(4 * g + lane), column = all.lane(4 * n + lane);
-            for (int k = 0; k < 4; k++) sum += half(row.a[upper + k / 2 * 2], k % 2) * half(column.b[k / 2], k % 2);
+            for (int k = 0; k < 4; k++)
+                sum += half_of<E>(row.a[upper + k / 2 * 2], k % 2) * half_of<E>(column.b[k / 2], k % 2);
         }
         d[i] += sum;
     }
 }
-static inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    mma_16x8x16<bfloat_to_float>("mma", d, a, b);
-}
-static inline void mma_fp16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    mma_16x8x16<half_to_float>("mma", d, a, b);
-}
-static inline unsigned fma_bf16x2(unsigned a, unsigned b, unsigned c) {
-    auto half = [](unsigned x, int i) { return double(bfloat_to_float((unsigned short)(x >> 16 * i))); };
-    auto one = [&](int i) { return unsigned(float_to_bfloat(float(half(a, i) * half(b, i) + half(c, i)))); };
-    return one(0) | one(1) << 16;
-}
-static inline unsigned fma_fp16x2(unsigned a, unsigned b, unsigned c) {
-    auto half = [](unsigned x, int i) { return double(half_to_float((unsigned short)(x >> 16 * i))); };
-    auto one = [&](int i) { return unsigned(float_to_half(float(half(a, i) * half(b, i) + half(c, i)))); };
-    return one(0) | one(1) << 16;
-}
 static inline unsigned and_xor(unsigned a, unsigned b, unsigned c) { return (a & b) ^ c; }
-static inline unsigned transpose_8x8(unsigned pair) {
+static inline unsigned transpose(unsigned pair) {
     auto all = cuda::meet("movmatrix", pair);
     int row = cuda::lane_id() / 4, column = cuda::lane_id() % 4 * 2;  // of the result
     auto entry = [&](int r, int c) { return all.lane(4 * r + c / 2) >> 16 * (c % 2) & 0xffff; };

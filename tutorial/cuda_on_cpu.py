@@ -11,13 +11,9 @@ debugging information, and `gdb --args python ...` with `break paged_attention` 
 
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -29,11 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import kernels  # noqa: E402
 
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
-
-
-def compiler() -> str | None:
-    """The system's C++ compiler, if there is one."""
-    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+compiler = kernels.cpp_compiler
 
 
 class Launch(NamedTuple):
@@ -144,18 +136,11 @@ extern "C" const char* launch(const unsigned* n, void** args, void* tensors, siz
 }}
 """
     # No fused multiply-add here: results should not depend on the machine that the tests run on.
-    flags = ["-O2", "-g", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", f"-I{HEADER.parent}"]
-    key = hashlib.sha256("\0".join([source, HEADER.read_text(), compiler(), *flags]).encode()).hexdigest()[:16]
-    target = kernels.cache_folder() / f"cuda-on-cpu-{name}-{key}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            (path := Path(scratch) / "kernel.cpp").write_text(source)
-            built = Path(scratch) / "kernel.so"
-            done = subprocess.run([compiler(), *flags, str(path), "-o", str(built)], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{name}: {done.stderr}")
-            built.replace(target)
+    flags = ["-O2", "-g", "-std=c++17", "-ffp-contract=off", f"-I{HEADER.parent}"]
+    try:
+        target = kernels.build_library(f"cuda-on-cpu-{name}", compiler(), flags, source, HEADER.read_text())
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"{name}: {error.stderr}") from None
     launch = ctypes.CDLL(str(target)).launch
     launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_bool]
     launch.restype = ctypes.c_char_p
