@@ -25,6 +25,7 @@ Paging: PagedAttention (arXiv:2309.06180). Prefix sharing: RadixAttention (arXiv
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from itertools import count
 
 SCRATCH = 0  # the block that nobody owns
@@ -46,10 +47,11 @@ class BlockPool:
         self.key: list[tuple | None] = [None] * num_blocks  # the key a block was published under
         self.content: list[int | None] = [None] * num_blocks  # the number of what a block contains
         self._numbers = count(1)
-        self.copies: dict[int, int] = {}  # copy-on-write: destination -> source, due before the next step runs
         self.num_host_slots, self.free_slots = num_host_slots, list(range(num_host_slots))
-        self.swaps_out: dict[int, int] = {}  # host slot -> block, due before the next step, and before anything is written
-        self.swaps_in: dict[int, int] = {}  # block -> host slot, due before the next step
+        # Due before the next step runs, see `take_moves`:
+        self.swaps_out: dict[int, int] = {}  # host slot -> block
+        self.copies: dict[int, int] = {}  # copy-on-write: destination -> source
+        self.swaps_in: dict[int, int] = {}  # block -> host slot
         self._read_slots: list[int] = []  # free once the swaps due were made
 
     @property
@@ -64,7 +66,7 @@ class BlockPool:
 
     def stats(self) -> dict[str, int]:
         """Blocks in use, blocks free but still matching a prefix, and blocks free and empty."""
-        cached = sum(1 for block in self.index.values() if block in self.free)
+        cached = self.num_free_in(self.index.values())
         return {"blocks_used": self.num_usable - self.num_free, "blocks_cached": cached,
                 "blocks_free": self.num_free - cached}
 
@@ -107,12 +109,6 @@ class BlockPool:
             self.free[table[-1]] = None
             self.free.move_to_end(table.pop(), last=False)
 
-    def fork(self, table: list[int]) -> list[int]:
-        """A second table over the same blocks: sharing costs no memory until somebody writes (see `extend`)."""
-        for block in table:
-            self.refs[block] += 1
-        return table.copy()
-
     def blocks_missing(self, table: list[int], start: int, end: int) -> int:
         """How many free blocks `extend` would take to let tokens `start .. end-1` be written through `table`."""
         shared = start % self.block_size and self.refs[table[start // self.block_size]] > 1
@@ -131,17 +127,12 @@ class BlockPool:
         while len(table) * self.block_size < end:
             table.append(self.allocate())
 
-    def take_copies(self) -> dict[int, int]:
-        """The copies {destination: source} due now. All sources are to be read before any destination is written."""
-        copies, self.copies = self.copies, {}
-        return copies
-
-    def swap_out(self, blocks: list[int]) -> list[int] | None:
-        """Host slots that these blocks will be copied to, before the next step; None if there are too few, or if one of
+    def swap_out(self, blocks: list[int]) -> list[int]:
+        """Host slots that these blocks will be copied to, before the next step; none if there are too few, or if one of
         the blocks is itself still to be filled.
         """
         if len(blocks) > len(self.free_slots) or not self.swaps_in.keys().isdisjoint(blocks):
-            return None
+            return []
         slots = [self.free_slots.pop() for _ in blocks]
         # What a copy-on-write that is due would put into a block is still in the block it comes from.
         self.swaps_out.update((slot, self.copies.get(block, block)) for slot, block in zip(slots, blocks))
@@ -152,10 +143,10 @@ class BlockPool:
         self.swaps_in.update(zip(blocks, slots[len(slots) - len(blocks) :]))
         self._read_slots += slots
 
-    def take_swaps(self) -> tuple[dict[int, int], dict[int, int]]:
-        """The swaps due now: {slot: block} out, which come before whatever writes a block, and {block: slot} in."""
-        due = self.swaps_out, self.swaps_in
-        self.swaps_out, self.swaps_in = {}, {}
+    def take_moves(self) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
+        """What `KVCache.move` has to do now: {slot: block} out, copies {destination: source}, {block: slot} in."""
+        due = self.swaps_out, self.copies, self.swaps_in
+        self.swaps_out, self.copies, self.swaps_in = {}, {}, {}
         self.free_slots += self._read_slots
         self._read_slots = []
         return due
@@ -168,8 +159,6 @@ class BlockPool:
         roots share nothing. Survey A III.A · B 3.2.3 · C KV Cache Optimization: Reuse Strategies.
         """
         blocks, parent = [], ("root", root)
-        if not self.prefix_caching:
-            return blocks
         for end in range(self.block_size, len(tokens), self.block_size):
             block = self.index.get((parent, tuple(tokens[end - self.block_size : end])))
             if block is None:
@@ -178,12 +167,14 @@ class BlockPool:
             parent = self.content[block]
         return blocks
 
-    def num_free_in(self, blocks: list[int]) -> int:
+    def num_free_in(self, blocks: Iterable[int]) -> int:
         """How many of these blocks sit in the free list, and would leave it if `adopt`ed."""
         return sum(1 for block in blocks if self.refs[block] == 0)
 
     def adopt(self, blocks: list[int]) -> list[int]:
-        """A new table that begins with `blocks` (from `match`), one reference taken on each."""
+        """A new table of these blocks, one more reference on each: those that `match`, or all of another table, which is a
+        fork. Sharing costs no memory until somebody writes (see `extend`).
+        """
         for block in blocks:
             if self.refs[block] == 0:
                 del self.free[block]
@@ -204,9 +195,9 @@ class BlockPool:
         self.key[block] = key
         self.content[block] = next(self._numbers) if first == block else self.content[first]
 
-    def withdraw(self, table: list[int]) -> None:
-        """Take a table's blocks out of the prefix index: what they hold is not to be trusted."""
-        for block in table:
+    def withdraw(self, blocks: list[int]) -> None:
+        """Take blocks out of the prefix index: what they hold is not to be trusted."""
+        for block in blocks:
             self._unindex(block)
 
     def _unindex(self, block):
@@ -217,9 +208,7 @@ class BlockPool:
 
     def forget(self) -> None:
         """Empty the prefix index, for measuring without hits. Requests that run meanwhile go on publishing."""
-        for block in self.index.values():
-            self.key[block] = None
-        self.index.clear()
+        self.withdraw(list(self.index.values()))
 
     def check(self, tables: list[list[int]], slots: list[int] | tuple = ()) -> None:
         """Raise AssertionError unless every invariant holds for these tables and host slots, which must be all there are."""
@@ -279,15 +268,15 @@ class KVCache:
         """Bytes of all blocks."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    def copy_blocks(self, copies: dict[int, int]) -> None:
-        """Copy blocks {destination: source} in every layer, all read before any is written."""
-        for tensor in self.tensors if copies else ():
-            tensor[:, :, list(copies)] = tensor[:, :, list(copies.values())]
-
-    def swap(self, swaps_out: dict[int, int], swaps_in: dict[int, int]) -> None:
-        """Copy blocks to the host, {slot: block}, and then others from it, {block: slot}. Survey B 3.2.3."""
+    def move(self, swaps_out: dict[int, int], copies: dict[int, int], swaps_in: dict[int, int]) -> None:
+        """Copy blocks to the host, {slot: block}, then blocks to others, {destination: source}, all read before any is
+        written, then slots from the host, {block: slot}. In this order, as a block that is read may have been given up
+        since, and be filled again by what comes later. Survey B 3.2.3.
+        """
         for tensor, host in zip(self.tensors, self.host):
             for slot, block in swaps_out.items():
                 host[slot].copy_(tensor[:, :, block], non_blocking=True)
+            if copies:
+                tensor[:, :, list(copies)] = tensor[:, :, list(copies.values())]
             for block, slot in swaps_in.items():
                 tensor[:, :, block].copy_(host[slot], non_blocking=True)

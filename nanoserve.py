@@ -66,7 +66,7 @@ import torch
 
 import kernels
 from cache import SCRATCH, BlockPool, KVCache
-from scheduler import FINISHED, POLICIES, RUNNING, Policy, Request, Scheduler
+from scheduler import FINISHED, POLICIES, RUNNING, Policy, Request, Scheduler, is_number
 
 # On a CPU, oneDNN and torch's layer over it compile a product for every number of rows they meet, and each keeps the last
 # 1,024 of them: hundreds of MB, and a server grows by them for hours. With the last 64 steps are as fast.
@@ -134,7 +134,7 @@ class ModelConfig:
             raise ValueError("model: checkpoints with a quantization_config are not supported")
         for name, value in c.items():
             is_count = name in cls.COUNTS or (name in cls.COUNTS_OR_NULL and value is not None)
-            if is_count and (type(value) is not int or value < 1):
+            if is_count and not is_number(value, 1, kind=int):
                 raise ValueError(f"config.json: {name} must be a positive integer, got {value!r}")
             if name in ("rope_scaling", "rope_parameters") and not isinstance(value, (dict, type(None))):
                 raise ValueError(f"config.json: {name} must be an object, got {value!r}")
@@ -150,9 +150,9 @@ class ModelConfig:
 
     @classmethod
     def _gpt2(cls, c):
-        refuse(c, "activation_function", ("gelu_new", "gelu_pytorch_tanh"), default="gelu_new")
-        for name, only in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
-            refuse(c, name, (only,), default=only)
+        refuse(c, "activation_function", "gelu_new", "gelu_pytorch_tanh")
+        refuse(c, "scale_attn_weights", True)
+        refuse(c, "scale_attn_by_inverse_layer_idx", False)
         width, layers, heads = c["n_embd"], c["n_layer"], c["n_head"]
         return cls("gpt2", c["vocab_size"], width, layers, heads, heads, width // heads, c.get("n_inner") or 4 * width,
                    c["n_positions"], c.get("layer_norm_epsilon", 1e-5), None, [0] * layers,
@@ -161,7 +161,7 @@ class ModelConfig:
     @classmethod
     def _llama_like(cls, c):
         family, layers, heads = c["model_type"], c["num_hidden_layers"], c["num_attention_heads"]
-        refuse(c, "hidden_act", ("silu",), default="silu")
+        refuse(c, "hidden_act", "silu")
         attention_bias = bool(c.get("attention_bias", False))
         config = cls(
             family, c["vocab_size"], c["hidden_size"], layers, heads, c.get("num_key_value_heads") or heads,
@@ -190,8 +190,8 @@ class ModelConfig:
         rope.setdefault("rope_theta", c.get("rope_theta") or (1e6 if c["model_type"] == "mixtral" else 10000.0))
         if rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)) != 1.0:
             raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
-        needed = {"default": (), "linear": ("factor",), "yarn": (), "llama3": ("factor", "low_freq_factor",
-                                                                               "high_freq_factor")}
+        needed = {"default": (), "linear": ("factor",), "yarn": (),
+                  "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
         if kind not in needed:
             raise ValueError(f"rope_type: {kind!r} is not supported ({', '.join(needed)} are)")
         for name in needed[kind]:
@@ -208,11 +208,9 @@ class ModelConfig:
     def _windows(c) -> list[int]:
         """Per layer the sliding window, 0 where a layer sees everything."""
         family, layers = c["model_type"], c["num_hidden_layers"]
-        window = c.get("sliding_window", {"mistral": 4096, "qwen2": 4096, "qwen3": 4096}.get(family)) or 0
-        if family not in ("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"):
-            window = 0
-        if family.startswith("qwen") and not c.get("use_sliding_window", False):
-            window = 0
+        slides = family in ("mistral", "mixtral") or family.startswith("qwen") and c.get("use_sliding_window", False)
+        default = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096}.get(family)
+        window = (c.get("sliding_window", default) or 0) if slides else 0
         if family in ("qwen2", "qwen3"):
             first = c.get("max_window_layers", 28)
             kinds = c.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
@@ -224,9 +222,9 @@ class ModelConfig:
         return [window] * layers
 
 
-def refuse(config: dict, name: str, allowed: tuple, default) -> None:
-    """ValueError if config.json asks for something that would change the result and is not built."""
-    if (value := config.get(name, default)) not in allowed:
+def refuse(config: dict, name: str, *allowed) -> None:
+    """ValueError if config.json asks for something else, which would change the result. The first one is the default."""
+    if (value := config.get(name, allowed[0])) not in allowed:
         raise ValueError(f"config.json: {name}={value!r} is not supported ({', '.join(map(repr, allowed))} is)")
 
 
@@ -284,9 +282,7 @@ class GPT:
         self.max_len = max_len or config.max_len
         self.layers = [Layer() for _ in range(config.num_layers)]
         self.embed = self.position_embed = self.final_norm = self.final_norm_bias = self.head = None
-        self.rope = None
-        if config.rope:
-            self.rope = kernels.rope_table(config.rope, config.head_dim, self.max_len, device)
+        self.rope = kernels.rope_table(config.rope, config.head_dim, self.max_len, device) if config.rope else None
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
@@ -397,58 +393,55 @@ def layout(c: ModelConfig) -> dict[str, Place]:
     """Every tensor that a checkpoint of this configuration must hold, by its name in the file."""
     places: dict[str, Place] = {}
 
-    def add(layer, name, parts, cols=None, **options):
-        """Parameter `name` is the tensors `parts` = [(source, rows), ...] on top of each other."""
-        total, row = sum(rows for _, rows in parts), 0
-        for source, rows in parts:
-            places[source] = Place(layer, name, (total,) if cols is None else (total, cols), row, rows, **options)
-            row += rows
-
-    def product(layer, name, parts, cols, bias, **options):
-        add(layer, name, [(f"{source}.weight", rows) for source, rows in parts], cols, **options)
-        if bias:
-            add(layer, f"{name}_bias", [(f"{source}.bias", rows) for source, rows in parts])
+    def add(layer, name, sources, cols=None, bias=False, **options):
+        """Parameter `name` is the weights of the modules `sources` = {module: rows} on top of each other, and so on."""
+        for kind, suffix, width in (("weight", "", cols), ("bias", "_bias", None))[: 1 + bias]:
+            total, row = sum(sources.values()), 0
+            for source, rows in sources.items():
+                shape = (total,) if width is None else (total, width)
+                places[f"{source}.{kind}"] = Place(layer, name + suffix, shape, row, rows, **options)
+                row += rows
 
     q, kv, hidden = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size
     if c.family == "gpt2":
-        add(None, "embed", [("wte.weight", c.vocab_size)], hidden)
-        add(None, "position_embed", [("wpe.weight", c.max_len)], hidden)
-        names = [(None, "final_norm", "ln_f")]
+        add(None, "embed", {"wte": c.vocab_size}, hidden)
+        add(None, "position_embed", {"wpe": c.max_len}, hidden)
+        add(None, "final_norm", {"ln_f": hidden}, bias=True)
         for i in range(c.num_layers):
-            names += [(i, "attn_norm", f"h.{i}.ln_1"), (i, "mlp_norm", f"h.{i}.ln_2")]
-            for name, source, rows, cols in (("qkv", "attn.c_attn", 3 * q, hidden), ("o", "attn.c_proj", hidden, q),
-                                             ("gate_up", "mlp.c_fc", c.mlp_size, hidden),
-                                             ("down", "mlp.c_proj", hidden, c.mlp_size)):
-                product(i, name, [(f"h.{i}.{source}", rows)], cols, bias=True, transposed=True)
-        for i, name, source in names:
-            product(i, name, [(source, hidden)], None, bias=True)
+            at, options = f"h.{i}", {"bias": True, "transposed": True}
+            add(i, "attn_norm", {f"{at}.ln_1": hidden}, bias=True)
+            add(i, "mlp_norm", {f"{at}.ln_2": hidden}, bias=True)
+            add(i, "qkv", {f"{at}.attn.c_attn": 3 * q}, hidden, **options)
+            add(i, "o", {f"{at}.attn.c_proj": hidden}, q, **options)
+            add(i, "gate_up", {f"{at}.mlp.c_fc": c.mlp_size}, hidden, **options)
+            add(i, "down", {f"{at}.mlp.c_proj": hidden}, c.mlp_size, **options)
     else:
-        add(None, "embed", [("model.embed_tokens.weight", c.vocab_size)], hidden)
-        add(None, "final_norm", [("model.norm.weight", hidden)])
+        add(None, "embed", {"model.embed_tokens": c.vocab_size}, hidden)
+        add(None, "final_norm", {"model.norm": hidden})
         for i in range(c.num_layers):
-            at = f"model.layers.{i}"
-            add(i, "attn_norm", [(f"{at}.input_layernorm.weight", hidden)])
-            add(i, "mlp_norm", [(f"{at}.post_attention_layernorm.weight", hidden)])
-            parts = [(f"{at}.self_attn.{n}_proj", rows) for n, rows in (("q", q), ("k", kv), ("v", kv))]
-            product(i, "qkv", parts, hidden, c.qkv_bias)
-            product(i, "o", [(f"{at}.self_attn.o_proj", hidden)], q, c.o_bias)
+            attn, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+            add(i, "attn_norm", {f"model.layers.{i}.input_layernorm": hidden})
+            add(i, "mlp_norm", {f"model.layers.{i}.post_attention_layernorm": hidden})
+            add(i, "qkv", {f"{attn}.q_proj": q, f"{attn}.k_proj": kv, f"{attn}.v_proj": kv}, hidden, c.qkv_bias)
+            add(i, "o", {f"{attn}.o_proj": hidden}, q, c.o_bias)
             if c.qk_norm:
                 q_norm, k_norm = (q, kv) if c.qk_norm == "full" else (c.head_dim, c.head_dim)
-                add(i, "q_norm", [(f"{at}.self_attn.q_norm.weight", q_norm)])
-                add(i, "k_norm", [(f"{at}.self_attn.k_norm.weight", k_norm)])
-            if i in c.moe_layers:
-                moe, (gate, up, down) = ((f"{at}.block_sparse_moe", ("w1", "w3", "w2")) if c.family == "mixtral" else
-                                         (f"{at}.mlp", ("gate_proj", "up_proj", "down_proj")))
-                product(i, "router", [(f"{moe}.gate", c.num_experts)], hidden, False)
-                for e in range(c.num_experts):
-                    parts = [(f"{moe}.experts.{e}.{n}", c.expert_size) for n in (gate, up)]
-                    product(i, "gate_up", parts, hidden, False, expert=e)
-                    product(i, "down", [(f"{moe}.experts.{e}.{down}", hidden)], c.expert_size, False, expert=e)
-            else:
-                product(i, "gate_up", [(f"{at}.mlp.{n}_proj", c.mlp_size) for n in ("gate", "up")], hidden, c.mlp_bias)
-                product(i, "down", [(f"{at}.mlp.down_proj", hidden)], c.mlp_size, c.mlp_bias)
+                add(i, "q_norm", {f"{attn}.q_norm": q_norm})
+                add(i, "k_norm", {f"{attn}.k_norm": k_norm})
+            gate, up, down = "gate_proj", "up_proj", "down_proj"
+            if c.family == "mixtral":
+                mlp, gate, up, down = f"model.layers.{i}.block_sparse_moe", "w1", "w3", "w2"
+            if i not in c.moe_layers:
+                add(i, "gate_up", {f"{mlp}.{gate}": c.mlp_size, f"{mlp}.{up}": c.mlp_size}, hidden, c.mlp_bias)
+                add(i, "down", {f"{mlp}.{down}": hidden}, c.mlp_size, c.mlp_bias)
+                continue
+            add(i, "router", {f"{mlp}.gate": c.num_experts}, hidden)
+            for e in range(c.num_experts):
+                at, size = f"{mlp}.experts.{e}", c.expert_size
+                add(i, "gate_up", {f"{at}.{gate}": size, f"{at}.{up}": size}, hidden, expert=e)
+                add(i, "down", {f"{at}.{down}": hidden}, size, expert=e)
     if not c.tie_embeddings:
-        add(None, "head", [("lm_head.weight", c.vocab_size)], hidden)
+        add(None, "head", {"lm_head": c.vocab_size}, hidden)
     return places
 
 
@@ -464,41 +457,36 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, max_len: int | 
     Weight by weight, quantized as it comes if asked: peak memory is the model plus its largest weight. ValueError names
     any tensor that is missing, left over or of the wrong shape, and any file that is absent or damaged.
     """
-    from safetensors import SafetensorError
     from tqdm import tqdm
 
     config = ModelConfig.from_dict(read_json(folder / "config.json"))
     model, places, surplus = GPT(config, dtype, device, max_len, quantize), layout(config), []
-    tied = {"lm_head.weight"} if config.tie_embeddings else set()
+    # What old checkpoints carry along is computed here, not loaded: masks, frequencies, a head that is the embedding.
+    needless = r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$" + (r"|^lm_head\.weight$" if config.tie_embeddings else "")
     parts: dict[tuple, tuple[torch.Tensor, int]] = {}  # parameters that wait for more rows, and how many
     progress = tqdm(total=len(places), desc="loading", unit=" tensors", leave=False,
                     disable=model.num_parameters < 3e8 or not sys.stderr.isatty())
     for path in weight_files(folder):
-        try:
-            for name, tensor in read_tensors(path):
-                short = name.removeprefix("transformer.") if config.family == "gpt2" else name
-                place = places.pop(short, None)
-                if place is None:
-                    # Masks and frequencies that old checkpoints carry along are computed here, not loaded.
-                    if not (short in tied or re.search(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$", short)):
-                        surplus.append(name)
-                    continue
-                tensor = tensor.T if place.transposed and tensor.dim() == 2 else tensor
-                expected = (place.num_rows, *place.shape[1:])
-                if tuple(tensor.shape) != expected:
-                    raise ValueError(f"{path.name}: {name} has shape {list(tensor.shape)}, config.json implies "
-                                     f"{list(expected)}")
-                key = (place.layer, place.name, place.expert)
-                weight, missing = parts.pop(key, (None, place.shape[0]))
-                weight = torch.empty(place.shape, dtype=dtype, device=device) if weight is None else weight
-                weight[place.row : place.row + place.num_rows] = tensor
-                if missing == place.num_rows:
-                    model.set(place, weight)
-                else:
-                    parts[key] = weight, missing - place.num_rows
-                progress.update()
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path.name}: not a readable safetensors file ({error})") from None
+        for name, tensor in read_tensors(path):
+            short = name.removeprefix("transformer.") if config.family == "gpt2" else name
+            place = places.pop(short, None)
+            if place is None:
+                if not re.search(needless, short):
+                    surplus.append(name)
+                continue
+            tensor = tensor.T if place.transposed and tensor.dim() == 2 else tensor
+            expected = (place.num_rows, *place.shape[1:])
+            if tuple(tensor.shape) != expected:
+                raise ValueError(f"{path.name}: {name} has shape {list(tensor.shape)}, config.json implies {list(expected)}")
+            key = (place.layer, place.name, place.expert)
+            weight, missing = parts.pop(key, (None, place.shape[0]))
+            weight = torch.empty(place.shape, dtype=dtype, device=device) if weight is None else weight
+            weight[place.row : place.row + place.num_rows] = tensor
+            if missing == place.num_rows:
+                model.set(place, weight)
+            else:
+                parts[key] = weight, missing - place.num_rows
+            progress.update()
     progress.close()
     for what, names in (("is missing", sorted(places)), ("is not part of this model", sorted(surplus))):
         if names:
@@ -523,21 +511,24 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) for everything in a safetensors file.
+    """(name, tensor) for everything in a safetensors file; ValueError names it if it is damaged.
 
     Tensors are views of the mapped file. It is mapped anew now and then, or all of it would end up in memory.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
-        names = sorted(file.keys(), reverse=True)
-    while names:
-        budget = 1 << 28
+    try:
         with safe_open(path, framework="pt") as file:
-            while names and budget > 0:
-                tensor = file.get_tensor(names[-1])
-                budget -= tensor.nbytes
-                yield names.pop(), tensor
+            names = sorted(file.keys(), reverse=True)
+        while names:
+            budget = 1 << 28
+            with safe_open(path, framework="pt") as file:
+                while names and budget > 0:
+                    tensor = file.get_tensor(names[-1])
+                    budget -= tensor.nbytes
+                    yield names.pop(), tensor
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path.name}: not a readable safetensors file ({error})") from None
 
 
 def read_json(path: Path) -> dict:
@@ -571,6 +562,15 @@ def find_model(model: str | os.PathLike | None, given_as: str = "model") -> Path
         raise ValueError(f"{given_as}: {model} is no folder here, and could not be fetched from the hub: {first}") from None
 
 
+def look_up(model: str | os.PathLike | GPT | None, given_as: str = "model") -> tuple[Path | None, ModelConfig, int]:
+    """Where a model is (None: it is a GPT already), its configuration, and the tokens of context that it has room for."""
+    if isinstance(model, GPT):
+        return None, model.config, model.max_len
+    folder = find_model(model, given_as)
+    config = ModelConfig.from_dict(read_json(folder / "config.json"))
+    return folder, config, config.max_len
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
 # ---------------------------------------------------------------------------------------------------------------------
@@ -596,8 +596,7 @@ class Tokenizer:
         self.chat_template = template.read_text(encoding="utf-8") if template.exists() else config.get("chat_template")
         if isinstance(self.chat_template, list):  # several named ones
             self.chat_template = {entry["name"]: entry["template"] for entry in self.chat_template}.get("default")
-        ids = self.backend.get_vocab(with_added_tokens=True).values()
-        self.vocab_size = max(ids) + 1
+        self.vocab_size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
         self.special_ids = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
         is_byte_level = '"type":"ByteLevel"' in self.backend.to_str()
         self._byte_of = byte_alphabet() if is_byte_level else {}
@@ -734,9 +733,10 @@ class Detokenizer:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def option(default, low, high, kind=(int, float), **more):
+def option(default, low, high, kind=(int, float)):
     """A sampling option that is a number from low to high."""
-    return field(default=default, metadata={"low": low, "high": high, "kind": kind}, **more)
+    what = "an integer" if kind is int else "a number"
+    return field(default=default, metadata={"range": (low, high, kind), "rule": f"be {what} from {low:g} to {high:g}"})
 
 
 @dataclass
@@ -786,33 +786,30 @@ class SamplingParams:
                     or (self.logprobs, self.prompt_logprobs) != (None, None))
 
     def __post_init__(self):
+        def check(name, rule, holds):
+            if not holds:
+                raise ValueError(f"{name}: must {rule}, got {getattr(self, name)!r}")
+
+        def is_list(values, fits):
+            return isinstance(values, (list, tuple)) and all(map(fits, values))
+
         for f in fields(self):
             value = getattr(self, f.name)
-            if not f.metadata or (value is None and f.default is None):
-                continue
-            low, high, kind = f.metadata["low"], f.metadata["high"], f.metadata["kind"]
-            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-                what = "an integer" if kind is int else "a number"
-                raise ValueError(f"{f.name}: must be {what} from {low:g} to {high:g}, got {value!r}")
-        if self.top_p == 0:
-            raise ValueError("top_p: must be greater than 0, got 0")
-        for name, kind, what in (("stop", str, "non-empty texts"), ("stop_token_ids", int, "token ids")):
-            value = getattr(self, name)
-            value = (value,) if name == "stop" and isinstance(value, str) else () if value is None else value
-            if not isinstance(value, (list, tuple)) or not all(type(v) is kind and (v if kind is str else v >= 0)
-                                                               for v in value):
-                raise ValueError(f"{name}: must be {what}, got {value!r}")
-            setattr(self, name, tuple(value))
-        if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos: must be True or False, got {self.ignore_eos!r}")
-        if self.logit_bias is not None and not (isinstance(self.logit_bias, dict) and all(
-                type(token) is int and type(bias) in (int, float) and (-1e38 <= bias <= 1e38 or bias == -math.inf)
-                for token, bias in self.logit_bias.items())):
-            raise ValueError(f"logit_bias: must map token ids to numbers from -1e38 to 1e38, got {self.logit_bias!r}")
-        if self.logits_processor is not None and not callable(self.logits_processor):
-            raise ValueError(f"logits_processor: must be a function, got {self.logits_processor!r}")
-        if not isinstance(self.beam_search, bool):
-            raise ValueError(f"beam_search: must be True or False, got {self.beam_search!r}")
+            if f.metadata and not (value is None and f.default is None):
+                check(f.name, f.metadata["rule"], is_number(value, *f.metadata["range"]))
+        check("top_p", "be greater than 0", self.top_p > 0)
+        self.stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
+        self.stop_token_ids = () if self.stop_token_ids is None else self.stop_token_ids
+        check("stop", "be non-empty texts", is_list(self.stop, lambda text: type(text) is str and text))
+        check("stop_token_ids", "be token ids", is_list(self.stop_token_ids, lambda i: type(i) is int and i >= 0))
+        self.stop, self.stop_token_ids = tuple(self.stop), tuple(self.stop_token_ids)
+        for name in ("ignore_eos", "beam_search"):
+            check(name, "be True or False", isinstance(getattr(self, name), bool))
+        is_bias = self.logit_bias is None or isinstance(self.logit_bias, dict) and all(
+            type(token) is int and type(bias) in (int, float) and (-1e38 <= bias <= 1e38 or bias == -math.inf)
+            for token, bias in self.logit_bias.items())
+        check("logit_bias", "map token ids to numbers from -1e38 to 1e38", is_bias)
+        check("logits_processor", "be a function", self.logits_processor is None or callable(self.logits_processor))
         if not self.beam_search and self.length_penalty != 1:
             raise ValueError("length_penalty: is for beam_search")
         for name in ("stop", "logprobs", "temperature", "top_k", "top_p", "min_p") if self.beam_search else ():
@@ -826,9 +823,8 @@ class SamplingParams:
 class Edits:
     """The built-in logits processors of one request: bias, penalties and bans, as changes to single entries of its logits.
 
-    `entries` is what `kernels.edit_logits` takes, so that those of a whole batch are one operation; called with (token
-    ids, logits), it is a logits processor like any other. It keeps up with a growing list of tokens, so that a step costs
-    the same however many there are.
+    `entries` is what `kernels.edit_logits` takes, so that those of a whole batch are one operation. It keeps up with a
+    list of tokens that may only grow from call to call, so that a step costs the same however many there are.
     """
 
     def __init__(self, params: SamplingParams, num_prompt: int, stop_ids: frozenset):
@@ -837,10 +833,9 @@ class Edits:
         self.tokens = np.empty(64, dtype=np.int64)
         self.changes = np.empty((64, 3))  # bias, divide, subtract
         self.in_output: set[int] = set()
-        biases = params.logit_bias or {}
-        for token, bias in biases.items():
+        self.biases, self.banned = params.logit_bias or {}, stop_ids if params.min_tokens else ()
+        for token, bias in self.biases.items():
             self._row(token)[0] = bias
-        self.banned = [token for token in stop_ids if params.min_tokens]
         for token in self.banned:
             self._row(token)[0] = -math.inf
 
@@ -848,15 +843,6 @@ class Edits:
     def wanted(p: SamplingParams) -> bool:
         """Whether a request with these parameters has any."""
         return bool(p.logit_bias or p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1 or p.min_tokens)
-
-    def __call__(self, token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
-        """logits [V] -> logits [V], after the tokens so far; these may only ever grow from call to call."""
-        tokens, changes = self.entries(token_ids)
-        columns = torch.from_numpy(changes).to(logits.dtype).to(logits.device).T
-        tokens = torch.from_numpy(tokens).to(logits.device)
-        logits = logits.clone()
-        kernels.edit_logits(logits[None], torch.zeros_like(tokens), tokens, *columns)
-        return logits
 
     def entries(self, token_ids: list[int], drafts: list[int] = ()) -> tuple[np.ndarray, np.ndarray]:
         """After these tokens, and drafts that may turn out wrong: tokens int64 [n], and bias, divide, subtract [n, 3]."""
@@ -874,7 +860,7 @@ class Edits:
         num_output = self.num_seen - self.num_prompt
         if num_output == p.min_tokens:
             for banned in self.banned:
-                self._row(banned)[0] = (p.logit_bias or {}).get(banned, 0)
+                self._row(banned)[0] = self.biases.get(banned, 0)
         counts = num_output > 0 and (p.presence_penalty or p.frequency_penalty)
         if counts or p.repetition_penalty != 1:
             row = self._row(token)
@@ -926,21 +912,16 @@ class BeamSearch:
     the search is over when none that goes on can still become one of the n best. Survey B v1 3.2.5.
     """
 
-    def __init__(self, request: Request, stop_ids: frozenset):
-        self.request, self.stop_ids = request, stop_ids
+    def __init__(self, request: Request):
+        self.request = request
         self.scores = {request: 0.0}  # those that go on: the sum of their log-probabilities
         # Those that are ready: {next token: its log-probability}, empty at a dead end, None if their logits make no sense.
         self.options: dict[Request, dict[int, float] | None] = {}
         self.ended: list[tuple[float, float, list[int], str]] = []  # best first: (rank, score, tokens, finish reason)
 
-    @property
-    def breadth(self) -> int:
-        """How many options of a hypothesis could matter."""
-        return self.request.params.n + len(self.stop_ids)
-
     def choose(self) -> list[tuple[Request, int, float]]:
         """End the round: (parent, next token, score) of those that go on. Empty when the search is over."""
-        n, power = self.request.params.n, self.request.params.length_penalty
+        n, power, stop_ids = self.request.params.n, self.request.params.length_penalty, self.request.stop_ids
         length, most = next(iter(self.options)).num_output + 1, self.request.max_tokens
         options = sorted(((self.scores[parent] + logprob, parent, token) for parent, nexts in self.options.items()
                           for token, logprob in nexts.items() if logprob > -math.inf), key=lambda option: -option[0])
@@ -948,8 +929,8 @@ class BeamSearch:
         for score, parent, token in options[:n] if length == most else options:  # no more than n of one length can be kept
             if len(chosen) == n:
                 break
-            if token in self.stop_ids or length == most:
-                why = "stop" if token in self.stop_ids else "length"
+            why = "stop" if token in stop_ids else "length" if length == most else None
+            if why:
                 self.ended.append((score / length**power, score, parent.tokens + [token], why))
             else:
                 chosen.append((parent, token, score))
@@ -1050,6 +1031,7 @@ class PromptLookup:
     """
 
     SIZES = (4, 3, 2)
+    source = "the text"
 
     def __init__(self):
         self.indices = weakref.WeakKeyDictionary()  # request -> ({n-gram: where it ended last}, tokens seen)
@@ -1073,6 +1055,8 @@ class PromptLookup:
 class UserFunction:
     """Drafts from a function of the tokens so far, which may return a list of any length. Called (request, k)."""
 
+    source = "a function"
+
     def __init__(self, function: Callable[[list[int]], list[int]], vocab_size: int):
         self.function, self.vocab_size = function, vocab_size
 
@@ -1095,6 +1079,7 @@ class DraftModel:
 
     def __init__(self, model: GPT, cache: KVCache, graphs: DecodeGraphs | None = None):
         self.model, self.cache, self.graphs, self.num_passes = model, cache, graphs, 0
+        self.source = f"{model.num_parameters / 1e6:,.1f}M parameters"
 
     def propose(self, llm: LLM, plan: list[tuple[Request, int]]) -> None:
         """Fill in `request.drafts` as far as the plan has room: one pass for all requests for each draft position."""
@@ -1156,10 +1141,9 @@ class InFlight:
 
     def __init__(self, requests: list[Request], tokens: torch.Tensor):
         self.row = {request: i for i, request in enumerate(requests)}
-        self.tokens, self._copied = tokens, None
+        self.tokens = tokens
         self._host = tokens.to("cpu", non_blocking=tokens.is_cuda)  # elsewhere there is no event to wait for
-        if tokens.is_cuda:
-            self._copied = torch.cuda.current_stream(tokens.device).record_event()
+        self._copied = torch.cuda.current_stream(tokens.device).record_event() if tokens.is_cuda else None
 
     def fill(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens [T] with what was sampled for row i in the place of each -1 - i."""
@@ -1204,13 +1188,11 @@ class LLM:
                  num_drafts: int | None = None):
         for name, value in (("block_size", block_size), ("max_batch_tokens", max_batch_tokens), ("num_drafts", num_drafts),
                             ("max_batch_requests", max_batch_requests), ("max_model_len", max_model_len)):
-            if value is not None and (type(value) is not int or value < 1):
+            if value is not None and not is_number(value, 1, kind=int):
                 raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
         if kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype: must be one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
-        folder = None if isinstance(model, GPT) else find_model(model)
-        config = ModelConfig.from_dict(read_json(folder / "config.json")) if folder else model.config
-        longest = config.max_len if folder else model.max_len
+        folder, config, longest = look_up(model)
         self.max_model_len = longest if max_model_len is None else max_model_len
         if not 1 < self.max_model_len <= longest:
             raise ValueError(f"max_model_len: must be from 2 to the model's {longest}, got {max_model_len}")
@@ -1219,49 +1201,41 @@ class LLM:
         elif (device, dtype, quantize) != ("auto", "auto", None):
             raise ValueError("device, dtype, quantize: a GPT has its own already")
         else:
-            self.model, self.tokenizer, self.eos_ids = model, None, frozenset(config.eos_ids)
+            self.model, self.tokenizer = model, None
+        # Some checkpoints name end tokens that lie outside their vocabulary.
+        self.eos_ids = frozenset(token for token in config.eos_ids if 0 <= token < config.vocab_size)
         self.device = self.model.device
+        is_cuda = self.device.type == "cuda"
         if self.device.type == "cpu":
             keep_freed_memory()
         max_batch_requests = max_batch_requests or min(256, max_batch_tokens or 256)
-        max_batch_tokens = max_batch_tokens or max(max_batch_requests, 8192 if self.device.type == "cuda" else 1024)
+        max_batch_tokens = max_batch_tokens or max(max_batch_requests, 8192 if is_cuda else 1024)
         if num_drafts is not None and draft is None:
             raise ValueError(f"num_drafts: {num_drafts} was given without a draft")
-        self.num_drafts, self.drafter = num_drafts or 8, self._pick_drafter(draft, folder)
         if overlap and draft is not None:
             raise ValueError("overlap: a draft follows the last token, so that has to be read first; use one of the two")
-        self.overlap = self.device.type == "cuda" and draft is None if overlap is None else overlap
+        self.overlap = is_cuda and draft is None if overlap is None else overlap
+        self.num_drafts, self.drafter = num_drafts or 8, self._pick_drafter(draft, folder)
         models = [self.model, self.drafter] if isinstance(self.drafter, GPT) else [self.model]
-        kv_dtype = KV_DTYPES[kv_dtype]
-        wider = [m.dtype for m in models if m.dtype is not torch.bfloat16]
-        if kv_dtype is torch.bfloat16 and self.device.type == "cuda" and wider:
-            raise ValueError(f"kv_dtype: on a GPU bfloat16 needs models in bfloat16, not {str(wider[0])[6:]}")
-        block_bytes = sum(KVCache.bytes_per_block(c.num_layers, block_size, c.num_kv_heads, c.head_dim,
-                                                  (kv_dtype or m.dtype).itemsize) for m in models for c in (m.config,))
-        if self.device.type == "cuda":  # first, so that what this takes is not given to the cache
-            self._compute_the_largest_step(kv_dtype, block_size, max_batch_tokens, max_batch_requests)
-        num_blocks = self._num_blocks(block_bytes, kv_memory, block_size, max_batch_requests)
-        num_slots = self._num_host_slots(block_bytes, swap_memory)
-        self.pool = BlockPool(num_blocks, block_size, prefix_caching, num_slots)
+        self._allocate(models, kv_dtype, kv_memory, swap_memory, block_size, max_batch_tokens, max_batch_requests,
+                       prefix_caching)
+        ridge = 0 if draft is None else 128 if is_cuda else 16
         self.scheduler = Scheduler(self.pool, max_batch_tokens=max_batch_tokens, max_batch_requests=max_batch_requests,
-                                   max_model_len=self.max_model_len, policy=policy,
-                                   ridge=0 if draft is None else 128 if self.device.type == "cuda" else 16)
-        try:
-            self.caches = [KVCache(c.num_layers, num_blocks, block_size, c.num_kv_heads, c.head_dim, kv_dtype or m.dtype,
-                                   self.device, num_slots) for m in models for c in (m.config,)]
-        except (RuntimeError, MemoryError):
-            raise ValueError(f"kv_memory: there is no room for {num_blocks:,} blocks" + (
-                f", or swap_memory for {num_slots:,}; lower one" if num_slots else "; lower kv_memory")) from None
-        self.cache = self.caches[0]
+                                   max_model_len=self.max_model_len, policy=policy, ridge=ridge)
         self.graphs = self._capture(self.model, self.cache, max_batch_requests) if graphs else None
-        self._set_up_drafts(graphs)
+        self.draft_cost = 1 / max(1, ridge)  # of a draft, in steps: a row of the model's, and one pass of a draft model
+        if isinstance(self.drafter, GPT):
+            draft, cache = self.drafter, self.caches[1]
+            self.draft_cost += draft.num_parameters / self.model.num_parameters
+            captured = self._capture(draft, cache, min(max_batch_requests, ridge)) if graphs else None
+            self.drafter = DraftModel(draft, cache, captured)
         self._random = random.Random(seed)
         self._plan: list[tuple[Request, int]] = []  # of the step under way, or the last one
         self._in_flight: InFlight | None = None  # the step whose tokens have not been read
         self.watch = Stopwatch("schedule", "pack", "launch", "wait", "commit")
         self.counts = dict.fromkeys(("steps", "forward_passes", "computed_tokens", "prompt_tokens", "output_tokens",
                                       "finished", "aborted", "drafted", "accepted", "saved_steps"), 0)
-        if num_slots:
+        if self.pool.num_host_slots:
             per_token, per_block = self._measure_swap()
             self.scheduler.prefers_swap = lambda tokens, blocks: blocks * per_block < tokens * per_token
         log.info(self.describe())
@@ -1272,85 +1246,71 @@ class LLM:
             raise ValueError(f"tokenizer.json: has ids up to {self.tokenizer.vocab_size - 1}, the model's vocabulary ends "
                              f"at {config.vocab_size - 1}")
         generation = folder / "generation_config.json"
-        eos = as_ids(read_json(generation).get("eos_token_id")) if generation.exists() else ()
-        self.eos_ids = frozenset(token for token in eos or config.eos_ids if 0 <= token < config.vocab_size)
+        if generation.exists():
+            config.eos_ids = as_ids(read_json(generation).get("eos_token_id")) or config.eos_ids
         self.model = load(folder, device, pick_dtype(dtype, device, config.dtype), self.max_model_len, quantize)
 
     def _pick_drafter(self, draft, folder):
         """What drafts: a function of (request, k), or the GPT of a DraftModel to be. ValueError if it can not work."""
+        vocab_size = self.model.config.vocab_size
         if draft is None:
             return None
         if draft == "ngram":
             return PromptLookup()
         if callable(draft):
-            return UserFunction(draft, self.model.config.vocab_size)
+            return UserFunction(draft, vocab_size)
         if not isinstance(draft, (str, os.PathLike, GPT)):
             raise ValueError(f'draft: must be "ngram", a model or a function, got {type(draft).__name__}')
-        if not isinstance(draft, GPT):
-            path = find_model(DEFAULT_DRAFT if draft == "default" else draft, "draft")
-            config = ModelConfig.from_dict(read_json(path / "config.json"))
-            self._check_draft(config, config.max_len)
-            if self.tokenizer and (path / "tokenizer.json").exists():
-                if Tokenizer(path).backend.get_vocab() != self.tokenizer.backend.get_vocab():
-                    raise ValueError(f"draft: {path} has other tokens than {folder}, so it can not guess the model's")
-            return load(path, self.device, self.model.dtype, self.max_model_len)
-        self._check_draft(draft.config, draft.max_len)
-        if draft.device != self.device:
-            raise ValueError(f"draft: is on {draft.device}, the model on {self.device}")
-        return draft
+        path, config, longest = look_up(DEFAULT_DRAFT if draft == "default" else draft, "draft")
+        if config.vocab_size != vocab_size:
+            raise ValueError(f"draft: has a vocabulary of {config.vocab_size}, the model one of {vocab_size}; they must be "
+                             f"the same")
+        if longest < self.max_model_len:
+            raise ValueError(f"draft: has room for {longest} tokens, the model for max_model_len={self.max_model_len}")
+        if path is None:
+            if draft.device != self.device:
+                raise ValueError(f"draft: is on {draft.device}, the model on {self.device}")
+            return draft
+        if self.tokenizer and (path / "tokenizer.json").exists():
+            if Tokenizer(path).backend.get_vocab() != self.tokenizer.backend.get_vocab():
+                raise ValueError(f"draft: {path} has other tokens than {folder}, so it can not guess the model's")
+        return load(path, self.device, self.model.dtype, self.max_model_len)
 
-    def _check_draft(self, config, max_len):
-        if config.vocab_size != self.model.config.vocab_size:
-            raise ValueError(f"draft: has a vocabulary of {config.vocab_size}, the model one of "
-                             f"{self.model.config.vocab_size}; they must be the same")
-        if max_len < self.max_model_len:
-            raise ValueError(f"draft: has room for {max_len} tokens, the model for max_model_len={self.max_model_len}")
-
-    def _set_up_drafts(self, graphs):
-        """What a draft costs, in steps: one row of the target's step, and one pass of a draft model; that gets its cache."""
-        ridge = self.scheduler.ridge
-        self.draft_cost = 1 / max(1, ridge)
-        for cache in self.caches[1:]:
-            model, most = self.drafter, min(self.scheduler.max_batch_requests, ridge)
-            self.draft_cost += model.num_parameters / self.model.num_parameters
-            self.drafter = DraftModel(model, cache, self._capture(model, cache, most) if graphs else None)
-
-    def _capture(self, model, cache, max_requests) -> DecodeGraphs | None:
-        """Only what never waits for the device can be captured: not the PyTorch attention, nor the loop over experts."""
-        c, loops = model.config, any(isinstance(layer.gate_up, list) for layer in model.layers)
-        capturable = kernels.compiled(model.embed)[1] and c.head_dim % 16 == 0 and not loops
-        if self.device.type == "cuda" and capturable:
-            return DecodeGraphs(model, cache, max_requests, self.pool.blocks_for(self.max_model_len))
-        return None
-
-    def _num_host_slots(self, block_bytes, swap_memory) -> int:
-        if isinstance(swap_memory, bool) or not isinstance(swap_memory, (int, float)) or not (
-                swap_memory == 0 or block_bytes <= swap_memory < math.inf):
+    def _allocate(self, models, kv_dtype, kv_memory, swap_memory, block_size, max_batch_tokens, max_batch_requests,
+                  prefix_caching):
+        """The pool and each model's cache, of all the blocks that fit into kv_memory, with host slots for swap_memory."""
+        is_cuda = self.device.type == "cuda"
+        wider = [m.dtype for m in models if m.dtype is not torch.bfloat16]
+        if kv_dtype == "bfloat16" and is_cuda and wider:
+            raise ValueError(f"kv_dtype: on a GPU bfloat16 needs models in bfloat16, not {str(wider[0])[6:]}")
+        formats = [(m.config, KV_DTYPES[kv_dtype] or m.dtype) for m in models]
+        block_bytes = sum(KVCache.bytes_per_block(c.num_layers, block_size, c.num_kv_heads, c.head_dim, entry.itemsize)
+                          for c, entry in formats)
+        if kv_memory is None:
+            kv_memory = 0.85 if is_cuda else 1 << 30
+        if not is_number(kv_memory, 0) or kv_memory == 0:
+            raise ValueError(f"kv_memory: must be bytes, or a fraction of the free memory below 1; got {kv_memory!r}")
+        if is_cuda:  # before the memory is divided up, so that what this takes is not the cache's
+            self._compute_the_largest_step(formats[0][1], block_size, max_batch_tokens, max_batch_requests)
+        if kv_memory < 1:
+            kv_memory *= torch.cuda.mem_get_info(self.device)[0] if is_cuda else free_memory()
+        # More than every running request at full length can never be used.
+        most = max_batch_requests * -(-self.max_model_len // block_size) + 1
+        num_blocks = min(int(kv_memory // block_bytes), most)
+        if num_blocks < 2:
+            raise ValueError(f"kv_memory: {kv_memory:.0f} bytes are less than two blocks of {block_bytes} bytes; raise "
+                             f"kv_memory or lower block_size")
+        if not is_number(swap_memory, 0) or 0 < swap_memory < block_bytes:
             raise ValueError(f"swap_memory: must be 0 or at least the {block_bytes} bytes of a block, got {swap_memory!r}")
-        return int(swap_memory // block_bytes)
-
-    def _measure_swap(self) -> tuple[float, float]:
-        """Seconds to compute a token of a long prompt, and to copy a block to the host and back. Both are first guesses at
-        what a preempted request costs: what it will find in the prefix cache, or compute in the shadow of other requests'
-        weights, is not known when it has to go.
-        """
-        n = min(512, self.max_model_len - 1, self.scheduler.max_batch_tokens, self.pool.num_usable * self.pool.block_size)
-        request = Request([0] * n, params=SamplingParams())
-        self.pool.extend(request.block_table, 0, n)
-        batch, _, _ = self.pack([(request, n)])
-        pairs = dict(enumerate(request.block_table[: self.pool.num_host_slots]))
-        works = (lambda: self.model.forward(batch, self.cache),
-                 lambda: [cache.swap(pairs, {block: slot for slot, block in pairs.items()}) for cache in self.caches])
-        seconds = []
-        for work in works:
-            for _ in range(2):  # the first time other things happen as well
-                start = time.perf_counter()
-                work()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-            seconds.append(time.perf_counter() - start)
-        self.pool.release(request.block_table)
-        return seconds[0] / n, seconds[1] / len(pairs)
+        num_slots = int(swap_memory // block_bytes)
+        self.pool = BlockPool(num_blocks, block_size, prefix_caching, num_slots)
+        try:
+            self.caches = [KVCache(c.num_layers, num_blocks, block_size, c.num_kv_heads, c.head_dim, entry, self.device,
+                                   num_slots) for c, entry in formats]
+        except (RuntimeError, MemoryError):
+            raise ValueError(f"kv_memory: there is no room for {num_blocks:,} blocks" + (
+                f", or swap_memory for {num_slots:,}; lower one" if num_slots else "; lower kv_memory")) from None
+        self.cache = self.caches[0]
 
     @torch.inference_mode()
     def _compute_the_largest_step(self, kv_dtype, block_size, max_batch_tokens, max_batch_requests):
@@ -1370,30 +1330,45 @@ class LLM:
                       ints([each] * num_requests, torch.int32), query_start, query_start[1:].long() - 1)
         zeros = torch.zeros(num_requests, device=self.device)
         try:
-            cache = KVCache(c.num_layers, 1, block_size, c.num_kv_heads, c.head_dim, kv_dtype or self.model.dtype,
-                            self.device)
+            cache = KVCache(c.num_layers, 1, block_size, c.num_kv_heads, c.head_dim, kv_dtype, self.device)
             logits = self.model.forward(batch, cache).float()  # as edits need them
             kernels.sample(logits, zeros + 1, zeros.long(), zeros + 0.5, zeros, zeros.double())
         except torch.OutOfMemoryError:
             raise ValueError(f"max_batch_tokens: there is no memory for a step of {num_requests * each:,} tokens of "
                              f"{num_requests} requests; lower it, or max_batch_requests") from None
 
-    def _num_blocks(self, block_bytes, kv_memory, block_size, max_batch_requests) -> int:
-        device = self.device
-        if kv_memory is None:
-            kv_memory = 0.85 if device.type == "cuda" else 1 << 30
-        if isinstance(kv_memory, bool) or not isinstance(kv_memory, (int, float)) or not 0 < kv_memory < math.inf:
-            raise ValueError(f"kv_memory: must be bytes, or a fraction of the free memory below 1; got {kv_memory!r}")
-        if kv_memory < 1:
-            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-            kv_memory *= free
-        # More than every running request at full length can never be used.
-        most = max_batch_requests * -(-self.max_model_len // block_size) + 1
-        num_blocks = min(int(kv_memory // block_bytes), most)
-        if num_blocks < 2:
-            raise ValueError(f"kv_memory: {kv_memory:.0f} bytes are less than two blocks of {block_bytes} bytes; raise "
-                             f"kv_memory or lower block_size")
-        return num_blocks
+    def _capture(self, model, cache, max_requests) -> DecodeGraphs | None:
+        """Only what never waits for the device can be captured: not the PyTorch attention, nor the loop over experts."""
+        c, loops = model.config, any(isinstance(layer.gate_up, list) for layer in model.layers)
+        capturable = kernels.compiled(model.embed)[1] and c.head_dim % 16 == 0 and not loops
+        if self.device.type == "cuda" and capturable:
+            return DecodeGraphs(model, cache, max_requests, self.pool.blocks_for(self.max_model_len))
+        return None
+
+    def _measure_swap(self) -> tuple[float, float]:
+        """Seconds to compute a token of a long prompt, and to copy a block to the host and back. Both are first guesses at
+        what a preempted request costs: what it will find in the prefix cache, or compute in the shadow of other requests'
+        weights, is not known when it has to go.
+        """
+        n = min(512, self.max_model_len - 1, self.scheduler.max_batch_tokens, self.pool.num_usable * self.pool.block_size)
+        request = Request([0] * n, params=SamplingParams())
+        self.pool.extend(request.block_table, 0, n)
+        batch, _, _ = self.pack([(request, n)])
+        out = dict(enumerate(request.block_table[: self.pool.num_host_slots]))
+        back = {block: slot for slot, block in out.items()}
+
+        def seconds(work):
+            for _ in range(2):  # the first time other things happen as well
+                start = time.perf_counter()
+                work()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+            return time.perf_counter() - start
+
+        computing = seconds(lambda: self.model.forward(batch, self.cache))
+        copying = seconds(lambda: [cache.move(out, {}, back) for cache in self.caches])
+        self.pool.release(request.block_table)
+        return computing / n, copying / len(out)
 
     def describe(self) -> str:
         """One line on what runs where, so that a slow run explains itself."""
@@ -1402,18 +1377,13 @@ class LLM:
         cpp, cuda = kernels.compiled(self.model.embed)
         threads = f"{torch.get_num_threads()} threads, " if self.device.type == "cpu" else ""
         graphs = ", decode graphs" if self.graphs else ""
-        drafts = ""
-        if isinstance(self.drafter, DraftModel):
-            drafts = f", drafts from {self.drafter.model.num_parameters / 1e6:,.1f}M parameters"
-        elif self.drafter:
-            drafts = ", drafts from the text" if isinstance(self.drafter, PromptLookup) else ", drafts from a function"
+        drafts = f", drafts from {self.drafter.source}" if self.drafter else ""
         device += f" ({threads}{'C++' if cpp else 'CUDA C++' if cuda else 'PyTorch'} kernels{graphs})"
         dtype = (f"{self.model.quantize} weights, " if self.model.quantize else "") + str(self.model.dtype)[6:]
         host = f" and {self.pool.num_host_slots:,} on the host" if self.pool.num_host_slots else ""
         kv = "" if self.cache.data.dtype == self.model.dtype else f"{self.cache.data.dtype} "[6:]
         return (f"{c.family}, {self.model.num_parameters / 1e6:,.1f}M parameters, {dtype} on {device}, "
-                f"{self.pool.num_usable:,} {kv}KV blocks of "
-                f"{self.pool.block_size} tokens ({gib:.2f} GiB){host}, at most "
+                f"{self.pool.num_usable:,} {kv}KV blocks of {self.pool.block_size} tokens ({gib:.2f} GiB){host}, at most "
                 f"{self.scheduler.max_batch_requests} requests and {self.scheduler.max_batch_tokens} tokens a step{drafts}")
 
     # ---- asking ----
@@ -1488,7 +1458,7 @@ class LLM:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params: must be SamplingParams, got {type(params).__name__}")
-        if isinstance(priority, bool) or not isinstance(priority, (int, float)) or not -math.inf < priority < math.inf:
+        if not is_number(priority):
             raise ValueError(f"priority: must be a number, got {priority!r}")
         for name, value in (("cache_salt", cache_salt), ("tenant", tenant)):
             if not isinstance(value, (str, type(None))):
@@ -1509,8 +1479,13 @@ class LLM:
                           ttft_target=params.ttft_target, itl_target=params.itl_target, deadline=params.deadline)
         request.seed = self._random.getrandbits(64) if params.seed is None else params.seed % 2**64
         request.may_overlap = self.overlap and params.needs_no_history
+        request.stop_ids = frozenset(params.stop_token_ids).union(() if params.ignore_eos else self.eos_ids)
+        if Edits.wanted(params):
+            request.edits = Edits(params, len(tokens), request.stop_ids)
         if params.beam_search:
-            request.search = BeamSearch(request, self._stop_ids(params))
+            request.search = BeamSearch(request)
+        if params.prompt_logprobs is not None:
+            request.prompt_logprobs = [None] * len(tokens)
         if self.drafter:
             self._adapt(request, 0, 0)
         return self.scheduler.add(request)
@@ -1532,9 +1507,12 @@ class LLM:
     def abort(self, request: Request) -> None:
         """End a request, and all its samples if it is the one `add_request` returned; its blocks are free at once."""
         for sample in request.samples if request is request.samples[0] or request.search else [request]:
-            if sample.status != FINISHED:
-                self.scheduler.finish(sample, "abort")
-                self.counts["aborted"] += 1
+            self._finish(sample, "abort")
+
+    def _finish(self, request, reason):
+        if request.status != FINISHED:
+            self.scheduler.finish(request, reason)
+            self.counts["aborted" if reason == "abort" else "finished"] += 1
 
     def has_work(self) -> bool:
         """Whether a step would do anything."""
@@ -1587,8 +1565,10 @@ class LLM:
         self.counts["steps"] += 1
         self.counts["forward_passes"] += 1
         self.counts["computed_tokens"] += len(batch.tokens)
+        self.counts["prompt_tokens"] += sum(min(n, max(0, request.num_prompt - request.num_computed)) for request, n in plan)
         for (request, position), row in zip(prompt_rows, logits[len(samplers):]):
-            self._record(request, position, row.float().log_softmax(-1))
+            following, k = request.tokens[position + 1], request.params.prompt_logprobs
+            request.prompt_logprobs[position + 1] = top_logprobs(row.float().log_softmax(-1), following, k)
         # Until here no token was appended and nothing counts as computed: a step that failed above can be repeated.
         if overlaps:
             in_flight = InFlight([request for request, *_ in samplers], self.draw(samplers, logits))
@@ -1597,7 +1577,7 @@ class LLM:
             self._in_flight = in_flight
             for request, n in plan:
                 if request.status != FINISHED:
-                    self._advance(request, n, is_read=False)
+                    self.scheduler.advance(request, n, is_read=False)
         else:
             tokens, logprobs = self.sample(samplers, logits[: len(samplers)])
             watch.lap("wait")
@@ -1639,8 +1619,7 @@ class LLM:
             if request.status != FINISHED:
                 request.error = reason
                 self.pool.withdraw(request.block_table)
-                self.scheduler.finish(request, "abort")
-                self.counts["aborted"] += 1
+                self._finish(request, "abort")
         return concerned + self._take_expired()
 
     def propose(self, plan: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
@@ -1691,11 +1670,9 @@ class LLM:
 
     def lay_out(self, spans: list[tuple[Request, int, int]], rows: list[int]) -> Batch:
         """The batch that computes positions start .. end-1 of each (request, start, end), with logits for `rows` of it."""
-        (swaps_out, swaps_in), copies = self.pool.take_swaps(), self.pool.take_copies()
-        for cache in self.caches:  # a block that is copied from may have been given up since, and be swapped into
-            cache.swap(swaps_out, {})
-            cache.copy_blocks(copies)
-            cache.swap({}, swaps_in)
+        moves = self.pool.take_moves()
+        for cache in self.caches:
+            cache.move(*moves)
         starts, ends = (np.array(column) for column in list(zip(*spans))[1:])
         counts = ends - starts
         query_start = np.concatenate([[0], counts.cumsum()])
@@ -1743,7 +1720,8 @@ class LLM:
         for i, (request, _, _) in enumerate(samplers):
             if request.search and tokens[i] >= 0:
                 row = logits[i].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-                logprobs[i] = top_logprobs(row, tokens[i], request.search.breadth)
+                # So many options of a hypothesis could matter: those that end it make room for others.
+                logprobs[i] = top_logprobs(row, tokens[i], request.params.n + len(request.stop_ids))
             elif request.search and (logits[i] == -math.inf).all():
                 logprobs[i] = {}  # every token is banned: nothing can follow this hypothesis
         return tokens, logprobs
@@ -1771,9 +1749,7 @@ class LLM:
         """Logits after every request's processors: the built-in ones of all in one operation, then users' row by row."""
         rows, parts = [], []
         for i, (request, _, num_drafts) in enumerate(samplers):
-            p = request.params
-            if Edits.wanted(p):
-                request.edits = request.edits or Edits(p, request.num_prompt, self._stop_ids(p))
+            if request.edits:
                 parts.append(request.edits.entries(request.tokens, request.drafts[:num_drafts]))
                 rows.append(i)
         users = [i for i, (request, *_) in enumerate(samplers) if request.params.logits_processor]
@@ -1804,7 +1780,7 @@ class LLM:
         sampled, results = [], zip(tokens, logprobs)
         for request, n in plan:
             drafts = request.drafts
-            if self._advance(request, n - len(drafts)):
+            if self.scheduler.advance(request, n - len(drafts)):
                 for sample in self.scheduler.fork(request):
                     token, more = next(results)
                     if sample.search is None:
@@ -1817,10 +1793,6 @@ class LLM:
         for search in dict.fromkeys(request.search for request, _ in plan if request.search):
             sampled += self._go_on(search)
         return sampled
-
-    def _advance(self, request, n, is_read=True) -> bool:
-        self.counts["prompt_tokens"] += min(n, max(0, request.num_prompt - request.num_computed))
-        return self.scheduler.advance(request, n, is_read)
 
     def _go_on(self, search: BeamSearch) -> list[Request]:
         """End a round of a beam search if all its hypotheses are ready. Returns the samples if that changed them."""
@@ -1835,8 +1807,7 @@ class LLM:
             self.abort(search.request)
         elif len(search.options) < len(search.scores):
             for sample in search.options:
-                if sample.status == RUNNING:
-                    self.scheduler.park(sample)
+                self.scheduler.park(sample)
             return []
         elif chosen := search.choose():
             self._next_round(search, chosen)
@@ -1849,15 +1820,11 @@ class LLM:
     def _next_round(self, search, chosen):
         samples = sorted(search.request.samples, key=lambda sample: sample.status != RUNNING)  # who has a place keeps it
         parents, tokens, scores = zip(*chosen)
-        edits = [parent.edits and parent.edits.copy() for parent in parents]
         self.scheduler.branch(samples, parents, tokens)
         self.counts["output_tokens"] += len(chosen)
-        for sample, own in zip(samples, edits):
-            sample.edits = own
         search.scores = dict(zip(samples, scores))
         for sample in samples[len(chosen):]:
-            if sample.status == RUNNING:
-                self.scheduler.park(sample)
+            self.scheduler.park(sample)
 
     def _end_search(self, search):
         """Give the samples what the search has found, the best one first. It may have found fewer than n."""
@@ -1865,12 +1832,9 @@ class LLM:
             if found:
                 _, sample.cumulative_logprob, sample.tokens, reason = found
                 self.counts["output_tokens"] += 1  # its last one; those before were counted as they came
-                self.counts["finished"] += 1
             else:
                 sample.cumulative_logprob, sample.tokens, reason = -math.inf, sample.tokens[: sample.num_prompt], "abort"
-                self.counts["aborted"] += 1
-            sample.ended_by_token = reason == "stop"
-            self.scheduler.finish(sample, reason)
+            self._finish(sample, reason)
 
     def _verify(self, request, drafts, results):
         """Append what was sampled after each draft, as long as the drafts are what was sampled before them."""
@@ -1886,42 +1850,25 @@ class LLM:
         self._adapt(request, accepted, min(accepted + 1, len(drafts)))
 
     def _append(self, request, token, logprobs):
-        p = request.params
         if token < 0:
             request.error = request.failures.get(len(request.tokens)) or (
                 f"request {request.samples[0].arrival}: the model's logits at position {len(request.tokens) - 1} are not "
                 f"finite numbers, or every token is banned")
             # Or the next to ask the same would inherit them. Without a table it made way before this was read.
             self.pool.withdraw(request.block_table or self.pool.match([*request.tokens, token], request.root))
-            self.scheduler.finish(request, "abort")
-            self.counts["aborted"] += 1
+            self._finish(request, "abort")
             return
         request.tokens.append(token)
         self.counts["output_tokens"] += 1
         if logprobs is not None:
             request.logprobs.append(logprobs)
-        if token in self._stop_ids(p):
-            reason, request.ended_by_token = "stop", True
-        elif p.stop and self._read(request).stopped:
+        if token in request.stop_ids or request.params.stop and self._read(request).stopped:
             reason = "stop"
         elif request.num_output >= request.max_tokens:
             reason = "length"
         else:
             return
-        self.scheduler.finish(request, reason)
-        self.counts["finished"] += 1
-
-    def _stop_ids(self, p: SamplingParams) -> frozenset:
-        """The tokens that end the output of a request with these parameters."""
-        if not p.stop_token_ids:
-            return frozenset() if p.ignore_eos else self.eos_ids
-        return frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else self.eos_ids)
-
-    def _record(self, request, position, logprobs):
-        if not request.prompt_logprobs:
-            request.prompt_logprobs = [None] * request.num_prompt
-        chosen = request.tokens[position + 1]
-        request.prompt_logprobs[position + 1] = top_logprobs(logprobs, chosen, request.params.prompt_logprobs)
+        self._finish(request, reason)
 
     # ---- text ----
 
@@ -1947,8 +1894,7 @@ class LLM:
         """What `generate` returns for a finished request."""
         return Output(self.text(request), request.tokens[request.num_prompt:], request.finish_reason,
                       request.tokens[: request.num_prompt],
-                      request.logprobs if request.params.logprobs is not None else None,
-                      None if request.params.prompt_logprobs is None else request.prompt_logprobs or [None],
+                      request.logprobs if request.params.logprobs is not None else None, request.prompt_logprobs,
                       request.cumulative_logprob)
 
 
@@ -1967,7 +1913,7 @@ def pick_device(device: str) -> torch.device:
         if device.type == "meta":
             raise RuntimeError("it holds no values")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device: {device} can not be used here: {str(error).splitlines()[0]}") from None
     return device
 

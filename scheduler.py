@@ -47,6 +47,7 @@ import heapq
 import time
 from collections.abc import Callable, Hashable
 from itertools import count
+from sys import float_info
 
 from cache import BlockPool
 
@@ -98,11 +99,11 @@ class Request:
         self.cumulative_logprob: float | None = None  # what that ended with
         self.sample_index = 0
         self.seed = 0
+        self.stop_ids = frozenset()  # tokens that end the output
         self.may_overlap = False  # its next token can be sampled before the last one was read
         self.acceptance = 0.75  # share of its drafts that come true, a guess until some have been tried
         self.logprobs: list[dict[int, float]] = []
-        self.prompt_logprobs: list[dict[int, float] | None] = []
-        self.ended_by_token = False  # the last token is a stop token, and not part of the text
+        self.prompt_logprobs: list[dict[int, float] | None] | None = None
         self.detokenizer = self.edits = None
         self.error: str | None = None
         self.failures: dict[int, str] = {}  # why the token after so many has no logits; it may be one after a wrong draft
@@ -116,6 +117,11 @@ class Request:
     def num_behind(self) -> int:
         """Tokens still to compute before the next one can be sampled."""
         return len(self.tokens) + self.num_pending - self.num_computed
+
+    @property
+    def ended_by_token(self) -> bool:
+        """Whether its last token is what stopped it, and so not part of the text."""
+        return self.finish_reason == "stop" and self.tokens[-1] in self.stop_ids
 
     @property
     def is_over(self) -> bool:
@@ -168,7 +174,7 @@ class Aging(Policy):
     rank + arrival / patience does, `now` being the same for all: nothing has to be looked at again as time goes by.
     """
 
-    def __init__(self, patience: float):
+    def __init__(self, patience: float = 100):
         self.patience = _number("patience", patience, 1e-9)
 
     def rank(self, request: Request) -> float:
@@ -183,9 +189,6 @@ class Priority(Aging):
     """Smaller `priority` first. A level of it is worth `patience` steps of waiting."""
 
     uses_priority = True
-
-    def __init__(self, patience: float = 100):
-        super().__init__(patience)
 
     def rank(self, request):
         return request.priority
@@ -271,8 +274,13 @@ class Fair(Policy):
         self.counters[request.tenant] = self.counters.get(request.tenant, 0) + n * self.output_weight
 
 
+def is_number(value, low: float = -float_info.max, high: float = float_info.max, kind=(int, float)) -> bool:
+    """Whether a value is a number of this kind from low to high; not True or False, not infinite, not NaN."""
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+
+
 def _number(name: str, value: float, least: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
+    if not is_number(value, least):
         raise ValueError(f"{name}: must be a number of at least {least:g}, got {value!r}")
     return value
 
@@ -479,8 +487,8 @@ class Scheduler:
         for i in range(1, width):
             child = copy.copy(request)
             child.tokens, child.logprobs, child.num_preemptions = request.tokens.copy(), [], 0
-            child.detokenizer, child.edits, child.failures = None, None, {}
-            child.block_table = self.pool.fork(request.block_table)
+            child.detokenizer, child.edits, child.failures = None, request.edits and request.edits.copy(), {}
+            child.block_table = self.pool.adopt(request.block_table)
             child.sample_index = i
             child.urgency = (*request.urgency[:2], i)  # right behind its siblings, before whoever came later
             self.running.append(child)
@@ -488,28 +496,27 @@ class Scheduler:
         return request.samples if width > 1 else [request]
 
     def park(self, request: Request) -> None:
-        """Take the blocks and the place of a running request that has nothing to do until others have caught up."""
-        self.running.remove(request)
-        self.pool.release(request.block_table)
-        request.num_computed, request.status = 0, PARKED
+        """Take the blocks and the place of a request that has nothing to do until others have caught up; if it has any."""
+        if request.status == RUNNING:
+            self.running.remove(request)
+            self.pool.release(request.block_table)
+            request.num_computed, request.status = 0, PARKED
 
     def branch(self, requests: list[Request], parents: list[Request], tokens: list[int]) -> None:
         """Let requests[i] go on as what parents[i], one of its samples too, is now, followed by tokens[i]; all at once.
 
         It shares its parent's blocks, like a fork. One that is parked, or has a parked parent, queues to get blocks again.
         """
-        states = [(parent.tokens + [token], parent.num_computed, self.pool.fork(parent.block_table))
-                  for parent, token in zip(parents, tokens)]
+        states = [(parent.tokens + [token], parent.edits and parent.edits.copy(), parent.num_computed,
+                   self.pool.adopt(parent.block_table)) for parent, token in zip(parents, tokens)]
         for request, state in zip(requests, states):
             self.pool.release(request.block_table)
-            request.tokens, request.num_computed, request.block_table = state
-            if request.status == RUNNING and request.block_table:
-                continue
-            if request.status == RUNNING:
+            request.tokens, request.edits, request.num_computed, request.block_table = state
+            if request.status != RUNNING or not request.block_table:
+                self.pool.release(request.block_table)
+                request.num_computed = 0
                 self.park(request)
-            self.pool.release(request.block_table)
-            request.num_computed = 0
-            self._enqueue(request)
+                self._enqueue(request)
 
     def preempt(self, request: Request) -> None:
         """Take a running request's blocks away and queue it again. Its tokens stay; their K and V are swapped to the host
@@ -518,7 +525,7 @@ class Scheduler:
         self.running.remove(request)
         blocks = request.block_table[: self.pool.blocks_for(request.num_computed)]
         if self.pool.free_slots and self.prefers_swap(request.num_computed, len(blocks)):
-            request.host_slots = self.pool.swap_out(blocks) or []
+            request.host_slots = self.pool.swap_out(blocks)
             self.num_swapped_out += len(request.host_slots)
         if not request.host_slots:
             request.num_computed = 0

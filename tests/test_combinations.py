@@ -234,12 +234,12 @@ def test_what_a_failed_step_was_to_swap_in_is_not_swapped_over_a_copy():
     pool.extend(first, 0, 3)
     pool.extend(other, 0, 4)
     slots = pool.swap_out(other)
-    pool.take_swaps()
+    pool.take_moves()
     pool.swap_in(slots, other)
     pool.release(other)  # the step never ran
-    sibling = pool.fork(first)
+    sibling = pool.adopt(first)
     pool.extend(sibling, 3, 4)
-    assert pool.take_copies() == {sibling[0]: first[0]} and pool.take_swaps() == ({}, {})
+    assert pool.take_moves() == ({}, {sibling[0]: first[0]}, {})
 
 
 @pytest.mark.parametrize("drafter", ["function", "model"])

@@ -267,9 +267,9 @@ def test_blocks_come_back_from_the_host_as_they_went():
     cache = KVCache(2, 5, 4, 2, 8, torch.float32, "cpu", num_host_slots=3)
     cache.data.normal_(generator=torch.Generator().manual_seed(0))
     before = cache.data.clone()
-    cache.swap({2: 1, 0: 4}, {})
+    cache.move({2: 1, 0: 4}, {}, {})
     cache.data[:, :, 1] = 0
-    cache.swap({1: 1}, {1: 0, 3: 2})
+    cache.move({1: 1}, {}, {1: 0, 3: 2})
     assert torch.equal(cache.data[:, :, 1], before[:, :, 4]) and torch.equal(cache.data[:, :, 3], before[:, :, 1])
     assert not cache.host[0][1].any()
     for block in (0, 2, 4):
@@ -353,7 +353,7 @@ def test_copied_blocks_take_their_scales_along():
     cache.data.copy_(torch.arange(cache.data.numel()).view(cache.data.shape) % 251 - 125)
     cache.scales.copy_(torch.arange(cache.scales.numel()).view(cache.scales.shape))
     data, scales = cache.data.clone(), cache.scales.clone()
-    cache.copy_blocks({3: 1, 1: 4})  # all are read before any is written
+    cache.move({}, {3: 1, 1: 4}, {})  # all are read before any is written
     for now, before in ((cache.data, data), (cache.scales, scales)):
         assert torch.equal(now, before[:, :, [0, 4, 2, 1, 4]])
     assert all(torch.equal(s, c) for layer, of_layer in zip(cache.layers, cache.scales) for s, c in zip(layer[2], of_layer))
@@ -488,6 +488,13 @@ def test_end_tokens_come_from_the_files(tmp_path):
     assert LLM(tmp_path, kv_memory=1 << 20).eos_ids == {5, 6, 7}
 
 
+def test_end_tokens_outside_the_vocabulary_are_none():
+    """There is nothing to ban until `min_tokens`."""
+    config = ModelConfig.from_dict({**CONFIG, "eos_token_id": [3, 64]})
+    llm = LLM(GPT(config, torch.float64, "cpu").randomize(1), kv_memory=1 << 20)
+    assert llm.eos_ids == {3} and len(llm.generate([[1]], replace(GREEDY, min_tokens=8))[0].token_ids) == 8
+
+
 def test_stop_strings():
     """They span tokens, begin inside them, and the earliest match of any cuts the text."""
     llm, p = engine(tokenizer="byte_level"), replace(GREEDY, max_tokens=20)
@@ -505,6 +512,12 @@ def test_stop_strings():
     assert (output.text, output.finish_reason) == (text, "length")
     both = llm.generate(["Once upon"], replace(p, stop=early, n=2))
     assert [output.text for output in both] == [text[: text.find(early)]] * 2
+    # The token that completes one is a part of the text, up to where that begins; a stop token is none.
+    options = ({"stop": early}, {"stop_token_ids": [tokens[0]]}, {"max_tokens": 1})
+    ended = [llm.add_request("Once upon", replace(p, **more)) for more in options]
+    finish(llm, *ended)
+    assert [request.finish_reason for request in ended] == ["stop", "stop", "length"]
+    assert [request.ended_by_token for request in ended] == [False, True, False]
 
 
 def test_min_tokens_holds_without_max_tokens():
@@ -724,6 +737,18 @@ def test_counters_of_two_requests_worked_out_by_hand():
                            "output_tokens": 7, "finished": 3, "hit_tokens": 8}
 
 
+def test_what_a_failed_step_has_computed_counts_as_what_it_was(monkeypatch):
+    """Rows that went through the model in vain; those of prompts among them too."""
+    llm = engine()
+    llm.add_request([1, 2, 3], replace(GREEDY, max_tokens=1))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(llm, "sample", lambda *args: 1 / 0)
+        llm.step()
+    llm.step()
+    stats = llm.stats()
+    assert (stats["computed_tokens"], stats["prompt_tokens"], stats["output_tokens"]) == (6, 6, 1)
+
+
 def test_where_the_time_goes(monkeypatch):
     """Every part of a step counts once, whatever it takes; a step without a plan counts nothing."""
     seconds = itertools.accumulate(itertools.count(1))  # 1, 3, 6, 10, ...: laps of 2, 3, 4, ...
@@ -925,7 +950,7 @@ def test_a_shorter_rope_table_shortens_the_model():
         LLM(short, kv_memory=1 << 20).add_request([1] * 15, replace(GREEDY, max_tokens=2))
 
 
-@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+@pytest.mark.parametrize("kv_dtype", [torch.float64, torch.int8])
 def test_the_largest_step_is_as_large_as_the_limits(monkeypatch, kv_dtype):
     """On a GPU it is computed before the cache is made, and that gets a share of what is then left."""
     llm, batches, logits = engine(max_model_len=40), [], []
@@ -949,4 +974,4 @@ def test_a_step_without_memory_names_the_knobs(monkeypatch):
 
     monkeypatch.setattr(llm.model, "forward", fail)
     with pytest.raises(ValueError, match="max_batch_tokens: there is no memory for a step of 64 tokens of 16 requests"):
-        llm._compute_the_largest_step(None, 4, 64, 16)
+        llm._compute_the_largest_step(torch.float64, 4, 64, 16)

@@ -493,8 +493,8 @@ def test_a_broken_tokenizer(copy, content):
 
 
 OPTIONS = [
-    ("device", "tpu"), ("device", ""), ("device", "cpu:x"), ("device", "meta"), ("dtype", "fp16"), ("dtype", "int8"),
-    ("dtype", torch.float32), ("dtype", None), ("kv_memory", 0), ("kv_memory", -1), ("kv_memory", -0.5),
+    ("device", "tpu"), ("device", ""), ("device", "cpu:x"), ("device", "meta"), ("device", None), ("dtype", "fp16"),
+    ("dtype", "int8"), ("dtype", torch.float32), ("dtype", None), ("kv_memory", 0), ("kv_memory", -1), ("kv_memory", -0.5),
     ("kv_memory", 100), ("kv_memory", 1e-12), ("kv_memory", True), ("kv_memory", math.nan), ("kv_memory", math.inf),
     ("kv_memory", "1GB"), ("block_size", 0), ("block_size", -16), ("max_batch_tokens", 0), ("max_batch_tokens", -1),
     ("max_batch_requests", 0), ("max_batch_requests", -1), ("max_model_len", 0), ("max_model_len", -1),

@@ -385,19 +385,6 @@ def test_edits_keep_up_with_the_tokens(options, seed):
         output += [rng.randrange(300) for _ in range(rng.choice((1, 1, 5)))]
 
 
-def test_edits_are_a_logits_processor():
-    """One row at a time, as a function of (tokens, logits), they do what they do for a batch."""
-    p = SamplingParams(repetition_penalty=1.5, frequency_penalty=2.0, logit_bias={5: 3.0})
-    logits, prompt, output = normal(1, 64).double(), [1, 2, 5], [7, 7, 2]
-    expected = logits.clone()
-    expected[5] += 3
-    for token in (1, 2, 5, 7):
-        expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5
-    expected[7] -= 4
-    expected[2] -= 2
-    torch.testing.assert_close(nanoserve.Edits(p, 3, frozenset())(prompt + output, logits), expected)
-
-
 def test_a_users_function_sees_all_tokens_and_decides():
     """Called once a token with prompt and output, after the built-in processors; a ban by it is a ban by logit_bias."""
     seen = []

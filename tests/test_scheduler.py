@@ -24,8 +24,7 @@ def make(blocks=16, size=4, *, budget=64, requests=8, length=1000, policy="fcfs"
 def step(s: Scheduler, token=7, check=True) -> dict[Request, int]:
     """One step of an engine whose model always says `token`. Returns what was computed, by request."""
     plan = s.schedule()
-    s.pool.take_swaps()
-    s.pool.take_copies()
+    s.pool.take_moves()
     for request, n in plan:
         if s.advance(request, n):
             for sample in s.fork(request):
@@ -342,7 +341,7 @@ def test_swapping_in_beside_a_prefix_hit():
     assert s.schedule() == [(first, 1)] and first.num_computed == 5 and first.block_table[:2] == table[:2]
     assert s.pool.swaps_in == {first.block_table[2]: slots[2]} and s.pool.free_slots == []
     assert (s.num_swapped_out, s.num_swapped_in, s.num_swap_freed, s.num_hit_tokens) == (3, 1, 2, 4)
-    s.pool.take_swaps()
+    s.pool.take_moves()
     assert sorted(s.pool.free_slots) == [0, 1, 2]
     s.check()
 
@@ -354,7 +353,7 @@ def test_swapped_blocks_are_shared_again():
     step(s)
     s.preempt(a)
     s.preempt(b)
-    s.pool.take_swaps()
+    s.pool.take_moves()
     s.pool.forget()
     assert s.schedule() == [(a, 1), (b, 1)] and a.block_table[:2] == b.block_table[:2]
     assert (s.num_swapped_out, s.num_swapped_in, s.num_swap_freed) == (6, 4, 2)
@@ -377,7 +376,7 @@ def test_a_block_that_is_still_to_be_filled_is_not_swapped_out():
     request = s.add(Request(tokens(5), 3))
     step(s)
     s.preempt(request)
-    s.pool.take_swaps()
+    s.pool.take_moves()
     s.pool.forget()
     s.schedule()
     s.preempt(request)
@@ -563,7 +562,7 @@ def test_a_cancelled_copy_is_not_made():
     s.schedule()
     assert len(s.pool.copies) == 1
     s.finish(request, "abort")
-    assert s.pool.take_copies() == {}
+    assert s.pool.take_moves() == ({}, {}, {})
 
 
 # ------------------------------------------------------------------------------------------------ abort and policies
@@ -995,7 +994,7 @@ def test_branching_shares_the_blocks_of_parents_that_have_them():
         sample.tokens[-1] = token
     for sample, n in s.schedule():
         assert n == 1 and s.advance(sample, n)
-    s.pool.take_copies()
+    s.pool.take_moves()
     table = a.block_table.copy()
     s.park(c)
     assert c.status == "parked" and not c.block_table and c.num_computed == 0 and c not in s.running

@@ -103,7 +103,7 @@ def samples(rng):
     prompt += prompt % size == 0
     pool, table = BlockPool(9999, size), []
     pool.extend(table, 0, prompt)
-    for sample in [table, *(pool.fork(table) for _ in range(n - 1))]:
+    for sample in [table, *(pool.adopt(table) for _ in range(n - 1))]:
         pool.extend(sample, prompt, prompt + output - 1)
     return {"n": n, "prompt": prompt, "output": output, "size": size}, pool.num_usable - pool.num_free, (
         f"{prompt} // {size} + {n} * (ceil(({prompt} + {output} - 1) / {size}) - {prompt} // {size})")

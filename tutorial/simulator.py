@@ -65,7 +65,7 @@ class Simulator:
 
     def step(self) -> list[Request]:
         """Those that got a token."""
-        plan, moved = self.scheduler.schedule(), sum(map(len, self.scheduler.pool.take_swaps()))
+        plan, moved = self.scheduler.schedule(), sum(map(len, self.scheduler.pool.take_moves()))
         self.plans.append([(request.arrival, request.num_computed, n) for request, n in plan])
         self.now += price(self.weights, self.plans[-1]) + self.swap * moved
         self.num_moved += moved

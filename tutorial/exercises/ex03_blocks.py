@@ -57,7 +57,7 @@ def cases():
         "least recently freed first: 1, 2, 3; one reference each")
     for i in range(3):
         pool.publish(a, i, [10, 11, 12, 13, 14, 15])
-    b = pool.fork(a)
+    b = pool.adopt(a)
     pool.release(a)
     yield ("release one of two tables over the same blocks", (a, b, pool.refs, list(pool.free)),
            "the table that was released is empty; the other holds its blocks still")

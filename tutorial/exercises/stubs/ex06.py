@@ -50,11 +50,9 @@ def pack(self, plan: list[tuple[Request, int]]
 
 def lay_out(self, spans: list[tuple[Request, int, int]], rows: list[int]) -> Batch:
     """The batch that computes positions start .. end-1 of each (request, start, end), with logits for `rows` of it."""
-    (swaps_out, swaps_in), copies = self.pool.take_swaps(), self.pool.take_copies()
-    for cache in self.caches:  # a block that is copied from may have been given up since, and be swapped into
-        cache.swap(swaps_out, {})
-        cache.copy_blocks(copies)
-        cache.swap({}, swaps_in)
+    moves = self.pool.take_moves()
+    for cache in self.caches:
+        cache.move(*moves)
     starts, ends = (np.array(column) for column in list(zip(*spans))[1:])
     counts = ends - starts
     query_start = np.concatenate([[0], counts.cumsum()])

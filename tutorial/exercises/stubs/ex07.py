@@ -107,7 +107,7 @@ def preempt(self, request: Request) -> None:
     self.running.remove(request)
     blocks = request.block_table[: self.pool.blocks_for(request.num_computed)]
     if self.pool.free_slots and self.prefers_swap(request.num_computed, len(blocks)):
-        request.host_slots = self.pool.swap_out(blocks) or []
+        request.host_slots = self.pool.swap_out(blocks)
         self.num_swapped_out += len(request.host_slots)
     if not request.host_slots:
         request.num_computed = 0

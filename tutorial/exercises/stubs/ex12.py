@@ -40,8 +40,6 @@ def match(self, tokens: list[int], root=None) -> list[int]:
     roots share nothing. Survey A III.A · B 3.2.3 · C KV Cache Optimization: Reuse Strategies.
     """
     blocks, parent = [], ("root", root)
-    if not self.prefix_caching:
-        return blocks
     for end in range(self.block_size, len(tokens), self.block_size):
         block = self.index.get((parent, tuple(tokens[end - self.block_size : end])))
         if block is None:
