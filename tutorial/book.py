@@ -62,9 +62,13 @@ def bars(values: dict[str, float], unit: str = "", title: str = "") -> None:
 
 
 def num_weights(config: ModelConfig) -> tuple[int, int]:
-    """How many weights each token is multiplied with: (in all layers together, in the output layer)."""
-    matrices = [p.shape for p in parameters(config) if p.layer is not None and len(p.shape) == 2]
-    return sum(math.prod(shape) for shape in matrices), config.vocab_size * config.hidden_size
+    """How many weights are multiplied: (with every token, only with those that the next one is sampled after).
+
+    The latter are the output layer, and what comes behind attention in the last layer: nobody would read the others there.
+    """
+    matrices = [p for p in parameters(config) if p.layer is not None and len(p.shape) == 2]
+    late = [math.prod(p.shape) for p in matrices if p.layer == config.num_layers - 1 and p.name != "qkv"]
+    return sum(math.prod(p.shape) for p in matrices) - sum(late), config.vocab_size * config.hidden_size + sum(late)
 
 
 def quantile(values, share: float) -> float:

@@ -16,15 +16,15 @@ Effect: writing 128 tokens takes 134 rows of work instead of 9,024, a 67th
 # write, call it, turn the last position's scores into one token, append it, and call it again.
 #
 # Inside, each position makes a query, a key and a value, and looks at the keys and values of the positions before it.
-# Those never change: a token's key depends on what came *before* it only. So keep them. That is the KV cache, and it is
-# the reason why serving is a memory problem.
+# Keys and values never change: they depend on the token and on what came *before* it, not on what comes after. So keep
+# them. That is the KV cache, and it is the reason why serving is a memory problem.
 #
 # *Invariant:* with the cache, a pass computes only the tokens that are new, and its logits are the same as if it had
 # computed all.
 # *Cost:* 2 x layers x KV heads x head dimension numbers for every token of every running request.
 
-# %% Before you run it: a prompt of seven tokens, and 128 tokens to write.
-PREDICT = 30  # How many times more token rows go through the model if nothing is kept? (Put your own number here.)
+# %% Before you run it: a prompt of seven tokens, and 128 to write. A *row* is one token going through all layers.
+PREDICT = 30  # How many times as many rows are computed if nothing is kept? (Put your own number here.)
 
 # %%
 import math
@@ -94,17 +94,17 @@ print(f"\nthe loop, the loop with a cache and the engine all wrote:\n  {llm.toke
 # %% [markdown]
 # ## What it costs, counted
 #
-# A row is one token going through all layers: two FLOPs (one multiplication, one addition) for every weight of a
-# matrix. Attention adds four FLOPs per pair of query and key, per head dimension, head and layer.
+# A row takes two FLOPs (one multiplication, one addition) for every weight it meets; only the last row meets those
+# behind the last attention. Attention takes four per pair of query and key, per head dimension, head and layer.
 
 # %%
-in_layers, in_output = book.num_weights(config)
+of_all, of_last = book.num_weights(config)
 per_pair = 4 * config.num_heads * config.head_dim * config.num_layers
 
 
 def gflop(passes):
     """GFLOP of each pass."""
-    return [(2 * in_layers * rows + 2 * in_output + per_pair * pairs) / 1e9 for rows, pairs in passes]
+    return [(2 * of_all * rows + 2 * of_last + per_pair * pairs) / 1e9 for rows, pairs in passes]
 
 
 gains = {}
@@ -167,7 +167,7 @@ book.table("temperature | top-k | top-p | min-p | tokens left | likeliest", tabl
 # ## Why, and where it does not help
 #
 # Without a cache, token i costs a pass over all i tokens, so writing n tokens costs about n²/2 rows; with it, n. The
-# longer the text, the larger the gain. (FLOPs gain a little less: every written token pays for its scores either way.)
+# longer the text, the larger the gain. (FLOPs gain less: every written token pays for its own scores either way.)
 # Which also says when there is none: for an answer of *one* token (a classification, a rerank) nothing is repeated, and
 # the memory buys nothing. And the memory is real: it is what everything else in this tutorial fights about.
 

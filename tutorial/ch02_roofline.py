@@ -94,9 +94,9 @@ intensities = {step: flops / moved for step, (moved, flops, _) in steps.items()}
 book.table("step of | tokens | MB | MFLOP | FLOPs per byte",
     [(*step, moved / 1e6, flops / 1e6, intensities[step]) for step, (moved, flops, _) in steps.items()])
 
-gain = intensities["decode", 16] / intensities["decode", 1]
-book.predicted("FLOPs per byte, 16 requests against one", PREDICT, gain,
-    f"16 times the FLOPs; the weights are read once, but 16 caches: {16 / gain:.2f} times the bytes")
+gain, one, many = intensities["decode", 16] / intensities["decode", 1], steps["decode", 1][0], steps["decode", 16][0]
+book.predicted("FLOPs per byte, 16 requests against one", PREDICT, gain, "16 times the FLOPs; bytes: "
+    f"{one / 1e6:.0f} MB for one, and {(many - one) / 15e6:.1f} more, its cache, for each other: {many / one:.2f} times")
 
 # %% [markdown]
 # ## And in seconds: predicted against measured
@@ -119,7 +119,7 @@ for (kind, tokens), (moved, flops, seconds) in steps.items():
 #
 # Weights are shared by the batch. Caches are not: with long contexts each request brings its own bytes. So there is a
 # ceiling, and near it more requests only take longer. The same picture for an H200 from its datasheet: 4.8 TB/s, 989
-# TFLOP/s in bf16.
+# TFLOP/s in bf16. (Its 141 GB hold some 950,000 tokens beside the weights: not all batches below fit.)
 
 # %%
 RIDGE = 989e12 / 4.8e12
@@ -165,8 +165,8 @@ with book.figure(args, "ch02_roofline", columns=2, size=(9, 3.6)) as axes:
 # ## Why
 #
 # Prefill of 256 tokens does 177 times the arithmetic of decoding one, with the same weights (it would be 256 times, but
-# only its last row goes through the output layer): bound by arithmetic on a CPU, and in bf16 from some 300 tokens on an
-# H200, too. Decoding one request does two FLOPs for every four bytes: bound by memory on any machine whose ridge is
+# only its last row goes on after the last attention): bound by arithmetic on a CPU, and in bf16 from some 300 tokens on
+# an H200, too. Decoding one request does two FLOPs for every four bytes: bound by memory on any machine whose ridge is
 # above one half, which is all of them. Part II of this tutorial moves one of the two numbers: fewer bytes per weight
 # (chapter 09), fewer per cached token (10), more tokens per reading (11). And the floor is not reached: launches,
 # Python, caches too small, attention that waits.
@@ -175,8 +175,8 @@ with book.figure(args, "ch02_roofline", columns=2, size=(9, 3.6)) as axes:
 #
 # "LLM Inference Unveiled" does this analysis operation by operation, for many models and devices. For the H200 above,
 # contexts of 1,024 tokens and more are never arithmetic-bound while decoding: with 128 KiB per token, the caches of a
-# large batch outweigh the weights. That is why disaggregation (chapter 17) gives prefill and decoding different
-# machines.
+# large batch outweigh the weights. It is one of the reasons to give prefill and decoding different machines, as
+# disaggregation does (chapter 17).
 #
 # ## Try this
 #

@@ -160,8 +160,8 @@ fused = len(launches) + products.launches if launches else math.nan
 step = {"operations": seen.launches, "fused kernels": fused, "a graph": 1 + copies.launches}
 book.table("a decode step | launches", list(step.items()))
 book.predicted("launches of a decode step, operation by operation", PREDICT, seen.launches,
-    f"{seen.launches / len(llm.model.layers):.0f} a layer: twice add and norm, rotary positions, writing and gathering "
-    "K and V, scores, mask, softmax, SwiGLU, 4 matrix products")
+    "in a layer 14 for two norms and sums, 16 for rotary positions, 2 to write K and V, 11 for attention, 2 for SwiGLU, "
+    f"4 products: 49; {len(llm.model.layers)} layers, and {seen.launches - 49 * len(llm.model.layers)} beside them")
 
 # %% And in seconds: on this CPU, and with --device cuda on a GPU.
 print(f"~ forward pass, PyTorch: {1e3 * book.median_seconds(forward):.2f} ms")
@@ -181,7 +181,7 @@ if args.device == "cuda":
 # %% [markdown]
 # ## Where it does not help
 #
-# **Splits, in a large batch:** from 64 requests on they bring nothing (see the table): every SM has work anyway.
+# **Splits, in a large batch:** from 64 requests on every SM has work anyway; they only even out the last round.
 # **Graphs, for a large model:** launches run ahead of the GPU, and are free where its work takes longer. At least it
 # reads all weights; below at 5 microseconds a launch (assumed) and 4.8 TB/s (an H200).
 
@@ -212,7 +212,7 @@ with book.figure(args, "ch04_kernels", columns=2) as axes:
 # ## Why
 #
 # Attention of 512 tokens has 1.3 MB of input and output. Its scores are 8 heads x 512 x 512 x 4 bytes = 8.4 MB, and
-# operations carry them to memory and back several times: 97 MB. The kernel stores no score; it reads 3.4 MB as each
+# operations carry them to memory and back several times: 97 MB. The kernel stores no score; it moves 3.4 MB as each
 # tile reads K and V for itself. Decoding reads hardly anything but K and V (operations copy them first), and heads
 # that share them read them once: a quarter. In seconds all of it is little beside 206 launches of a small model.
 #
@@ -226,7 +226,7 @@ with book.figure(args, "ch04_kernels", columns=2) as axes:
 # ## Try this
 #
 # 1. Add (5, 512, 2) to `CASES`: five queries, as in speculation. Does the kernel read K and V five times?
-# 2. CONTEXT = 1024: why are there no more splits for one request (kernels.py says), and what would more cost?
+# 2. CONTEXT = 1024: why are there only 4 splits for one request (kernels.py says), and what would more cost?
 # 3. Take a `__syncthreads()` out of `CUDA["paged_attention"]` in kernels.py. What does this chapter say?
 #
 # **Exercise 02** (`python tutorial/check.py 02`): write `paged_attention`'s definition, against which all this is held.

@@ -14,8 +14,8 @@ Effect: multi-turn chat computes 20 % of its prompt tokens, token for token the 
 # %% [markdown]
 # ## The idea
 #
-# Keys and values of a token depend on the tokens before it and on nothing else. So two requests that begin alike have
-# the same cache for as long as they are alike. When a block is full and computed, enter it in an index under *exactly*
+# Keys and values of a token depend on it, and on the tokens before it. So two requests that begin alike have the same
+# cache for as long as they are alike. When a block is full and computed, enter it in an index under *exactly*
 # what it holds and what came before; when a request arrives, walk the index and adopt what is there. A block that
 # nobody holds stays in the index until its memory is needed, least recently freed first (LRU).
 #
@@ -39,7 +39,7 @@ from nanoserve import LLM, SamplingParams
 args = book.options(__doc__)
 plain = LLM(args.model, device=args.device, dtype="float32", prefix_caching=False)
 caching = LLM(args.model, device=args.device, dtype="float32", prefix_caching=True)
-tokenizer, BLOCK = plain.tokenizer, plain.pool.block_size
+tokenizer, BLOCK = plain.tokenizer, caching.pool.block_size
 
 # %% [markdown]
 # ## Four kinds of prompts
@@ -126,7 +126,7 @@ book.bars(share, "% computed", "prompt tokens that still have to be computed")
 def hit_rate(num_blocks, order):
     """% of the prompt tokens found when conversations come in this order, one at a time."""
     jobs = [book.Arrival(0.0, 640, 1, text=who) for who in order]  # the same text begins alike
-    server = Simulator((1, 0, 0, 0), BlockPool(num_blocks + 1, BLOCK), max_batch_tokens=1024, max_batch_requests=1,
+    server = Simulator((1, 0, 0, 0), BlockPool(num_blocks + 1, 16), max_batch_tokens=1024, max_batch_requests=1,
                        max_model_len=1024)
     serve(server, jobs, clients=1)
     return 100 * server.scheduler.num_hit_tokens / sum(job.prompt for job in jobs)
@@ -180,7 +180,7 @@ book.table("similarity at least | from the cache % | of these wrong %", rows, "a
 print("  for example: {!r} was answered like {!r}: {!r}".format(*found[0.75][2][0]))
 
 # %%
-with book.figure(args, "ch06_prefix_reuse", columns=3, size=(11, 3.4)) as axes:
+with book.figure(args, "ch06_prefix_reuse", columns=3, size=(9.5, 3.4)) as axes:
     if axes is not None:
         left, middle, right = axes
         left.barh(list(share), list(share.values()), color=book.BLUE)
@@ -213,13 +213,13 @@ with book.figure(args, "ch06_prefix_reuse", columns=3, size=(11, 3.4)) as axes:
 # ## Try this
 #
 # 1. Move the question in front of the instruction in "system prompt". What is left of the hits?
-# 2. `LLM(block_size=4)` and 64: which row changes most?
+# 2. `block_size=4` in `caching`, and 64: which row of the first table changes most?
 # 3. `BlockPool.release` frees the last block first. Let it begin with the first, `table.pop(0)`. Where are hits lost?
 #
 # **Exercise 04** (`python tutorial/check.py 04`): write `match`, and mind the trap. **12**: a bug hunt in the index.
 
 # %% The claim, on counters.
-assert share["multi-turn chat"] < 30 and share["unrelated"] > 85 and share["few-shot"] < share["unrelated"]
+assert share["multi-turn chat"] < 35 and share["unrelated"] > 85 and share["few-shot"] < share["unrelated"]
 assert pressure["round robin"][SIZES.index(440)] < 10 and pressure["round robin"][-1] > 70
 assert pressure["in bursts"][0] > 60, "an order that LRU likes needs no room"
 assert found[0.55][1] > 20 and found[0.75][1] > 0 and found[0.95][0] < 1, "similar is not the same, and the same is rare"
