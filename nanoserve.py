@@ -1332,7 +1332,8 @@ class LLM:
         try:
             cache = KVCache(c.num_layers, 1, block_size, c.num_kv_heads, c.head_dim, kv_dtype, self.device)
             logits = self.model.forward(batch, cache).float()  # as edits need them
-            kernels.sample(logits, zeros + 1, zeros.long(), zeros + 0.5, zeros, zeros.double())
+            kernels.sample(logits, temperature=zeros + 1, top_k=zeros.long(), top_p=zeros + 0.5, min_p=zeros,
+                           noise=zeros.double())
         except torch.OutOfMemoryError:
             raise ValueError(f"max_batch_tokens: there is no memory for a step of {num_requests * each:,} tokens of "
                              f"{num_requests} requests; lower it, or max_batch_requests") from None
@@ -1986,7 +1987,7 @@ def free_memory() -> int:
 MAX_HEAD = 32 << 10  # bytes of request line and headers
 MAX_ENTRIES = {"stop": 16, "stop_token_ids": 1024, "logit_bias": 1024}  # looked through in every step, for every token
 MAX_LOGPROBS = 20  # of a token; hundreds for each fill the memory, and writing them keeps the loop from all others
-SHORT_BODY = 2000  # bytes of one that is read and tokenized at once; a longer one in a thread
+SHORT_BODY, LONG_BODY = 2000, 64 << 10  # bytes; shorter ones are read and tokenized at once, others in one of two threads
 SPARE_FILES = 64  # beside the connections: the log, the model, surplus clients while they are told
 PAGE = Path(__file__).parent / "tutorial" / "page.html"
 STREAM_SHARE, STREAM_GAP = 0.025, 0.1  # of the time, for the loop thread; seconds between two events, if it can keep up
@@ -2195,7 +2196,7 @@ class Job:
         self.updates, self.error, self.has_news = [], None, asyncio.Event()
 
     def tokenize(self, llm: LLM) -> None:
-        """Turn texts into token ids. Long texts take long, and are left to a third thread."""
+        """Turn texts into token ids, wherever `Connection.read` has it done."""
         self.prompts = [encode(llm.tokenizer, source) for source in self.source]
         if self.is_chat and self.params.max_tokens is None:
             self.params.max_tokens = max(1, self.params.min_tokens, llm.longest_request - len(self.prompts[0]))
@@ -2409,7 +2410,7 @@ class EngineThread(threading.Thread):
         text, logprobs, sent = self.llm.text(request), [], progress.num_sent
         if request.params.logprobs is not None:
             if sent == 0 and request.params.prompt_logprobs is not None:
-                logprobs += zip(request.tokens, request.prompt_logprobs or [None])
+                logprobs += zip(request.tokens, request.prompt_logprobs)
             end = len(request.tokens) - request.ended_by_token
             logprobs += zip(request.tokens[request.num_prompt + sent : end], request.logprobs[sent:])
         update = Update(progress.index, text[progress.num_chars:], request.num_output - sent, logprobs,
@@ -2577,8 +2578,9 @@ class Connection(asyncio.Protocol):
         self.server, self.received = server, bytearray()
         self.has_left = self.is_lost = False  # it sends no more; it can not be written to either
         self.is_full = self.is_watched = self.is_late = False
-        self.keep_alive = self.is_idle = self.is_short = True
+        self.keep_alive = self.is_idle = True
         self.is_head = self.is_http10 = self.is_streaming = self.is_unread = False
+        self.arrived, self.length = 0.0, 0  # of its request's body: when it was there, and its bytes
         self._change = server.loop.create_future()  # what the task waits for
 
     # ---- what the loop calls ----
@@ -2642,6 +2644,10 @@ class Connection(asyncio.Protocol):
                     await self._answer()
                 except EOFError:  # the client has left, but the answer to an earlier request may still be on its way
                     break
+                except asyncio.CancelledError:
+                    if not self.has_left or self.server.is_stopping:
+                        raise
+                    break  # the same, while it was watched
                 except self.GONE:
                     raise
                 except Exception as error:
@@ -2722,10 +2728,11 @@ class Connection(asyncio.Protocol):
         Whatever a client can get wrong is found out in here. A ValueError anywhere else is the server's own.
         """
         try:
-            if self.is_short:
+            if self.length < SHORT_BODY:
                 return function(*args)
             self.watch()
-            return await self.server.loop.run_in_executor(self.server.text_threads, function, *args)
+            thread = self.server.text_threads[self.length >= LONG_BODY]  # no prompt waits for megabytes of others
+            return await self.server.loop.run_in_executor(thread, function, *args)
         except ValueError as error:
             raise HTTPError.refusal(error) from None
         except RecursionError:  # in reading or in quoting it
@@ -2749,8 +2756,8 @@ class Connection(asyncio.Protocol):
         if headers.get("expect", "").lower() == "100-continue" and not self.is_http10:
             await self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         await self._arrives("body", lambda: len(self.received) >= int(length))
-        body = self._take(int(length))
-        self.is_unread, self.is_short = False, len(body) < SHORT_BODY
+        body, self.is_unread = self._take(int(length)), False
+        self.arrived, self.length = time.perf_counter(), len(body)
         if parse:
             await handler(self, await self.read(lambda: parse(parse_json(body))))
         else:
@@ -2912,7 +2919,7 @@ class Server(contextlib.AbstractContextManager):
             started.set_exception(ValueError(f"serve: can not listen at {host}:{port}: {error}"))
             return
         self.engine = EngineThread(self.llm, self.loop, lambda: self.events.put("fatal"))
-        self.text_threads = concurrent.futures.ThreadPoolExecutor(2, "nanoserve text")
+        self.text_threads = [concurrent.futures.ThreadPoolExecutor(1, "nanoserve text") for _ in range(2)]
         self.engine.start()
         address, number = listener.sockets[0].getsockname()[:2]
         started.set_result(f"http://{f'[{address}]' if ':' in address else address}:{number}")
@@ -2927,7 +2934,8 @@ class Server(contextlib.AbstractContextManager):
         await self._hang_up()
         self.engine.commands.put(None)
         await self.loop.run_in_executor(None, self.engine.join)
-        self.text_threads.shutdown(wait=False)
+        for thread in self.text_threads:
+            thread.shutdown(wait=False)
 
     async def _hang_up(self):
         """Close all connections, those with an answer on its way a moment later."""
@@ -2969,6 +2977,7 @@ class Server(contextlib.AbstractContextManager):
     async def _complete(self, connection, job):
         with self._admitted(job):
             connection.watch()
+            job.arrived = connection.arrived  # since then its body may have waited for a thread
             await connection.read(job.tokenize, self.llm)
             self.engine.commands.put(lambda: self.engine.add(job))
             updates = await job.take()  # until then an error has a status of its own
@@ -3502,7 +3511,7 @@ def at_least(least: int | float) -> Callable[[str], int | float]:
         with contextlib.suppress(ValueError):
             if least <= (number := type(least)(text)) < math.inf:
                 return number
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} on")
 
     return read
 
@@ -3567,10 +3576,10 @@ def parser_for(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--host", default="127.0.0.1", help="127.0.0.1; 0.0.0.0 lets other machines in")
         parser.add_argument("--port", type=int, default=8000, help="0 is any free one (8000)")
         parser.add_argument("--api-key", default=os.environ.get("NANOSERVE_API_KEY"), help="or $NANOSERVE_API_KEY")
-        parser.add_argument("--max-queue", type=int, default=1024, help="samples that may wait; more get status 429 (1024)")
+        parser.add_argument("--max-queue", type=at_least(0), default=1024, help="samples that may wait; more get 429 (1024)")
         parser.add_argument("--max-body", type=parse_memory, default=4 << 20, help="of a request's body (4MiB)")
-        parser.add_argument("--max-connections", type=int, default=1024, help="at once (1024)")
-        parser.add_argument("--timeout", type=float, default=30.0, help="seconds for a client to send or read (30)")
+        parser.add_argument("--max-connections", type=at_least(1), default=1024, help="at once (1024)")
+        parser.add_argument("--timeout", type=at_least(0.0), default=30.0, help="seconds for a client to send or read (30)")
         parser.add_argument("--drain-seconds", type=at_least(0.0), default=30.0, help="to finish what runs at the end (30)")
         parser.add_argument("--teach", action="store_true", help="let the page pause, step and slow the engine")
         return parser

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_engine import CONFIG, engine, is_clean
+from test_engine import CONFIG, engine, finish, is_clean
 
 from nanoserve import GPT, LLM, ModelConfig, SamplingParams
 from scheduler import FINISHED, Fair
@@ -214,6 +214,32 @@ def test_a_dead_end_leaves_the_others_alone():
     found = [out for out in wide if out.finish_reason == "length"]
     assert 0 < len(found) < 4**4 and all(2 not in out.token_ids[1:3] for out in found)
     assert {tuple(out.token_ids) for out in outputs} <= {tuple(out.token_ids) for out in found}
+
+
+def two_ways(tokens, logits):
+    """After the prompt, of four tokens, 2 or 3; nothing follows the 2."""
+    allowed = [2, 3] if len(tokens) == 4 else [] if tokens[4] == 2 else [0, 1, 2, 3]
+    return torch.where(torch.isin(torch.arange(4), torch.tensor(allowed)), logits, -math.inf)
+
+
+def test_a_dead_end_waits_for_those_that_go_on():
+    params = SamplingParams(beam_search=True, n=2, max_tokens=3, ignore_eos=True, logits_processor=two_ways)
+    llm = LLM(tiny(4), kv_memory=1 << 20, max_batch_requests=2, max_batch_tokens=2, prefix_caching=False)
+    request = llm.add_request([0, 1, 0, 1], params)
+    while llm.has_work() and not request.num_output:
+        llm.step()
+    (other,) = (sample for sample in request.samples if sample.tokens[-1] == 3)
+    llm.scheduler.preempt(other)  # two tokens a step: it is not ready when the other one is
+    assert [out.finish_reason for out in finish(llm, request)] == ["length"] * 2
+    assert all(sample.tokens[4] == 3 for sample in request.samples)
+
+
+def test_what_has_ended_before_the_dead_ends_is_found():
+    params = SamplingParams(beam_search=True, n=2, max_tokens=3, ignore_eos=True, stop_token_ids=[3],
+                            logits_processor=two_ways)
+    llm = LLM(tiny(4), kv_memory=1 << 20)
+    outputs = llm.generate([[0, 1, 0, 1]], params)
+    assert [(out.token_ids, out.finish_reason) for out in outputs] == [([3], "stop"), ([], "abort")] and is_clean(llm)
 
 
 def test_a_search_of_nothing_but_dead_ends_says_so():

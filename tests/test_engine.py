@@ -956,7 +956,7 @@ def test_the_largest_step_is_as_large_as_the_limits(monkeypatch, kv_dtype):
     llm, batches, logits = engine(max_model_len=40), [], []
     forward, sample = llm.model.forward, kernels.sample
     monkeypatch.setattr(llm.model, "forward", lambda batch, cache: (batches.append(batch), forward(batch, cache))[1])
-    monkeypatch.setattr(kernels, "sample", lambda rows, *options: (logits.append(rows), sample(rows, *options))[1])
+    monkeypatch.setattr(kernels, "sample", lambda rows, **options: (logits.append(rows), sample(rows, **options))[1])
     for budget, most, each in ((64, 16, 4), (70, 16, 4), (5, 16, 1), (200, 4, 40)):
         llm._compute_the_largest_step(kv_dtype, 4, budget, most)
         batch = batches.pop()

@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import json
 import math
+import operator
 import re
 import socket
 import threading
@@ -486,6 +487,17 @@ def test_long_bodies_are_read_beside_the_loop(serving, monkeypatch, path, field,
     assert readers == ["nanoserve loop", "nanoserve text"]
 
 
+def test_a_body_arrives_before_it_is_read(serving, monkeypatch):
+    """The time to a first token is that which the client waits, for one of the threads too."""
+    server, read, began, arrived = serving(), nanoserve.parse_json, [], []
+    monkeypatch.setattr(nanoserve, "parse_json", lambda body: (began.append(time.perf_counter()), read(body))[1])
+    add = server.engine.add
+    monkeypatch.setattr(server.engine, "add", lambda job: (arrived.append(job.arrived), add(job)))
+    for metadata in ("short", "long" * nanoserve.SHORT_BODY):
+        complete(server, max_tokens=1, metadata={"text": metadata})
+    assert all(map(operator.le, arrived, began)) and len(arrived) == len(began) == 2
+
+
 @pytest.mark.parametrize("max_body", [1, 4 << 20])
 def test_a_body_that_is_too_long_is_refused_though_it_is_still_being_sent(serving, max_body):
     """The answer must not be lost to a reset because bytes were left unread."""
@@ -501,11 +513,13 @@ def test_limits_that_are_none(option):
 
 
 @pytest.mark.parametrize("option", ["--timeout=-1", "--timeout=nan", "--timeout=0", "--drain-seconds=-1", "--max-queue=-1",
-                                    "--max-body=0.5"])
+                                    "--max-connections=0", "--max-body=0.5"])
 def test_limits_that_are_none_on_the_command_line(option, monkeypatch, capsys):
-    monkeypatch.setattr(nanoserve, "make_llm", lambda args, **more: make(**more))
+    loaded = []
+    monkeypatch.setattr(nanoserve, "make_llm", lambda args: loaded.append(args) or make())
     with contextlib.suppress(SystemExit):
         assert main(["serve", "--port", "0", option]) == 2
+    assert not loaded or option in ("--timeout=0", "--max-body=0.5"), "a typing error is told before a model is loaded"
     name = option[2:].partition("=")[0]
     assert (error := capsys.readouterr().err) and name.replace("-", "_") in error.replace("-", "_")
 
@@ -626,10 +640,11 @@ def test_one_that_sends_many_requests_ahead_takes_turns_with_others(serving, mon
 
 
 @pytest.mark.parametrize("how", ["close", "half-close", "half-close, having sent ahead", "half-close, having sent more",
-                                 "the server stops"])
+                                 "half-close, having asked again", "the server stops"])
 def test_who_still_reads_gets_the_end_of_the_answer(serving, how):
     """All of it is written, but not sent yet, when the server is to hang up or to stop, or the client asks for no more."""
-    server = serving()
+    llm = make()
+    server, gate = serving(llm), Gate(llm)
     with narrow(server) as (client, connection):
         request = post({"tokens": [70] * 60_000}, "/detokenize")
         client.sendall((request if how == "close" else request.replace(b"Connection: close\r\n", b"")) +
@@ -642,8 +657,10 @@ def test_who_still_reads_gets_the_end_of_the_answer(serving, how):
             closing.start()
             until(connection.transport.is_closing)
         elif how != "close":
-            client.sendall(b"\r\n" * ("more" in how))
+            client.sendall(post({"prompt": "x"}) if "again" in how else b"\r\n" * ("more" in how))
+            until(lambda: gate.entered or "again" not in how)
             client.shutdown(socket.SHUT_WR)
+            gate.open(100)
             until(lambda: connection.has_left)
             settle(server)
         received = b""
@@ -822,7 +839,7 @@ def test_who_sends_while_the_server_answers_fills_no_memory(serving):
 
 
 def test_a_long_text_being_tokenized_stalls_nobody(serving, monkeypatch):
-    llm, long = make(), "long" * nanoserve.SHORT_BODY
+    llm, long = make(), "long" * nanoserve.LONG_BODY
     server, encode, go = serving(llm), llm.tokenizer.encode, threading.Event()
 
     def slow(text):
@@ -831,13 +848,16 @@ def test_a_long_text_being_tokenized_stalls_nobody(serving, monkeypatch):
 
     monkeypatch.setattr(llm.tokenizer, "encode", slow)
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(complete(server, long, max_tokens=2)))
-    thread.start()
-    until(lambda: server.num_samples == 1)
-    assert complete(server, max_tokens=2) and not answers
+    threads = [threading.Thread(target=lambda: answers.append(complete(server, long, max_tokens=2))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    until(lambda: server.num_samples and sum(connection.is_watched for connection in server.connections.values()) == 2)
+    for length in (1, nanoserve.SHORT_BODY):
+        assert complete(server, max_tokens=2, metadata={"text": "x" * length}) and not answers
     go.set()
-    thread.join(PATIENCE)
-    assert answers
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert len(answers) == 2
 
 
 @pytest.mark.parametrize("path, body", [("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [5]})])
@@ -855,12 +875,12 @@ def test_who_leaves_before_a_text_is_read_leaves_no_work(serving, monkeypatch, p
     clients = [socket.create_connection(("127.0.0.1", port_of(server)), PATIENCE) for _ in range(6)]
     for client in clients:
         client.sendall(post(body, path))
-    until(lambda: len(began) == 2 and server.text_threads._work_queue.qsize() == 4)
+    until(lambda: len(began) == 1 and server.text_threads[0]._work_queue.qsize() == 5)
     for client in clients:
         client.close()
     until(lambda: not server.connections)
     go.set()
-    assert call(server, path, body)[0] == 200 and len(began) == 3
+    assert call(server, path, body)[0] == 200 and len(began) == 2
 
 
 def test_the_tokenizer_lets_others_run(serving, monkeypatch):
@@ -1034,6 +1054,17 @@ def test_a_sample_that_is_reported_twice_ends_once():
     assert not engine.progress and not engine.unsent and llm.stats()["aborted"] == 0
 
 
+def test_who_leaves_has_nothing_sent_any_more():
+    llm = make()
+    engine, job, posted = streaming(llm, max_tokens=9, ignore_eos=True)
+    for _ in range(2):
+        engine._report(llm.step())
+        engine.next_due = math.inf
+    assert list(engine.unsent) == job.requests and len(posted) == 1
+    engine.forget(job)
+    assert not engine.unsent and not engine.progress and is_idle(llm)
+
+
 def test_a_busy_loop_gets_first_tokens_and_ends_at_once_and_the_rest_when_it_has_rested():
     """Nothing is lost, nothing is said twice, and the time between two tokens is the engine's, whenever they are sent."""
     llm = make()
@@ -1194,6 +1225,19 @@ def test_stopping(serving, drain, streamed):
         socket.create_connection(("127.0.0.1", port_of(server)), 1)
     assert is_idle(llm) and not server.engine.is_alive() and server.close() is None
     assert llm.generate("x", SamplingParams(max_tokens=2))  # the LLM is free again
+
+
+def test_stopping_waits_for_nobody_who_asked_and_does_not_read(serving):
+    server = serving(timeout=100 * PATIENCE)
+    with narrow(server) as (client, connection):
+        client.sendall(post({"tokens": [300] * 200_000}, "/detokenize"))
+        until(lambda: connection.is_full)
+        client.shutdown(socket.SHUT_WR)
+        until(lambda: connection.has_left)
+        closing = threading.Thread(target=server.close)
+        closing.start()
+        closing.join(PATIENCE)
+        assert not closing.is_alive()
 
 
 def test_two_threads_that_stop_it_at_once(serving, monkeypatch):
