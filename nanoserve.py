@@ -812,10 +812,12 @@ class SamplingParams:
         check("logits_processor", "be a function", self.logits_processor is None or callable(self.logits_processor))
         if not self.beam_search and self.length_penalty != 1:
             raise ValueError("length_penalty: is for beam_search")
-        for name in ("stop", "logprobs", "temperature", "top_k", "top_p", "min_p") if self.beam_search else ():
-            if getattr(self, name) != getattr(type(self), name) and (name, self.temperature) != ("temperature", 0):
-                raise ValueError(f"{name}: can not be combined with beam_search, which compares token sequences by their "
-                                 f"log-probability")
+        set_ones = [name for name in ("stop", "logprobs", "top_k", "top_p", "min_p")
+                    if getattr(self, name) != getattr(type(self), name)]
+        set_ones += ["temperature"] if self.temperature not in (0, 1) else []
+        if self.beam_search and set_ones:
+            raise ValueError(f"{set_ones[0]}: can not be combined with beam_search, which compares token sequences by their "
+                             f"log-probability")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens: {self.min_tokens} is more than max_tokens={self.max_tokens}")
 
@@ -2370,7 +2372,7 @@ class EngineThread(threading.Thread):
     def _report(self, changed):
         """One batch of updates for the loop; a step for two hundred clients wakes it once."""
         now, urgent = time.perf_counter(), []
-        are_due = self.is_paused or self.delay or now >= self.next_due  # whoever looks step by step sees every step
+        sends_all = self.is_paused or self.delay > 0 or now >= self.next_due  # who looks step by step sees every step
         for request in changed:
             samples = self.progress.get(request.samples[0])
             if not samples or (progress := samples[request.sample_index]).is_over:  # its client has left, or knows it all
@@ -2381,8 +2383,8 @@ class EngineThread(threading.Thread):
             self.unsent[request] = progress
             if request.status == FINISHED or not progress.num_sent:
                 urgent.append(request)
-                are_due = are_due or request.error  # the last chance for what was kept back of its job
-        self._post(self._news(list(self.unsent) if are_due else urgent), sets_pace=are_due)
+                sends_all |= request.error is not None  # the last chance for what was kept back of its job
+        self._post(self._news(list(self.unsent) if sends_all else urgent), sets_pace=sends_all)
 
     def _news(self, requests):
         """(job, what its client is to be told) of these. Errors come last, and end their jobs."""
@@ -3647,12 +3649,13 @@ def finished_results(out: Path, prompts: list[str]) -> set[int]:
     ValueError if the file holds anything else: it is somebody's, and not ours to append to.
     """
     text = out.read_text(encoding="utf-8", errors="replace")  # it may have been cut inside a character
-    lines, done = text.split("\n"), set()  # splitlines() would split texts at U+2028
+    lines, done, beginning = text.split("\n"), set(), '{"index": '  # splitlines() would split texts at U+2028
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
         except ValueError:
-            if number == len(lines) and line[:10] == '{"index": '[: len(line)]:  # cut short, or nothing after the last one
+            is_cut = line.startswith(beginning) or beginning.startswith(line)  # or nothing, behind the last newline
+            if number == len(lines) and is_cut:
                 del lines[-1]
                 break
             record = None
