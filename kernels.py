@@ -140,8 +140,8 @@ class PanelWeight:
         if bits == 4:
             words = words ^ SIGNS
         elif bits < 32:  # two to a word
-            words = F.pad(words, (0, 1)) if words.shape[1] % 2 else words.contiguous()
-            words = words.view(torch.int16 if bits == 8 else torch.int32)
+            words = (F.pad(words, (0, 1)) if words.shape[1] % 2 else words).flatten()
+            words = words.view(torch.int16 if bits == 8 else torch.int32).view(weight.shape[0], -1)
         return cls(to_panels(words), to_panels(weight.scales.float()) if low else None, bits, tuple(weight.shape))
 
     def plain(self) -> torch.Tensor | LowBitWeight:
@@ -187,7 +187,7 @@ def pack_weight(weight: torch.Tensor | LowBitWeight, dtype: torch.dtype | None =
     if weight.dtype == torch.float32:
         fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
     else:
-        fast = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+        fast = cpp and hasattr(cpp.library, "multiplies_pairs") and not torch.cpu._is_amx_tile_supported()
     if cpp and fast:
         return PanelWeight.pack(weight)
     if (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -803,7 +803,7 @@ static inline float exp_(float x) {
     float n = shifted - 12582912.f, r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.f + r * (1.f + r * (0.5f + r * (0.166666657f + r * (0.0416657962f + r * (0.00833345018f
               + r * 0.00139273646f)))));
-    int32_t bits, power; memcpy(&bits, &shifted, 4);
+    uint32_t bits, power; memcpy(&bits, &shifted, 4);
     power = (bits - 0x4b400000 + 127) << 23;
     float scale; memcpy(&scale, &power, 4);
     return p * scale;
@@ -962,7 +962,10 @@ struct Numbers {
     typedef vec Sum;
     static float make_ready(const T* from, void* to, int64_t n) {
         #pragma omp simd
-        for (int64_t i = 0; i < n; i++) put((E*)to + i, to_float(from[i]));
+        for (int64_t i = 0; i < n; i++) {
+            E y; put(&y, to_float(from[i]));
+            memcpy((E*)to + i, &y, sizeof y);  // not as an E: it is read as an Input
+        }
         return 1;
     }
 };
@@ -989,7 +992,7 @@ struct Pairs : Numbers<bf16> {  // two to a word: some CPUs multiply both and ad
 struct Bytes {
     typedef uint16_t Word; typedef uint32_t Input; typedef veci Sum;
     static constexpr int STEPS = 1, INPUTS = 2;
-    static float make_ready(const T* from, Input* to, int64_t n) {
+    static float make_ready(const T* from, void* to, int64_t n) {
         float largest = 1e-30f, zero = 0;  // zero: NaN if an input is, or is infinite, and then so is the unit
         #pragma omp simd reduction(max : largest) reduction(+ : zero)
         for (int64_t i = 0; i < n; i++) {
@@ -998,11 +1001,11 @@ struct Bytes {
             zero += y - y;
         }
         float per_unit = zero == 0 ? 32767 / largest : 0;
-        int16_t* pairs = (int16_t*)to;
         #pragma omp simd
         for (int64_t i = 0; i < n; i++) {
             float y = to_float(from[i]) * per_unit;
-            pairs[i] = int16_t(int32_t((y == y ? y : 0) + 32768.5f) - 32768);
+            int16_t units = int16_t(int32_t((y == y ? y : 0) + 32768.5f) - 32768);
+            memcpy((int16_t*)to + i, &units, sizeof units);
         }
         return largest / 32767 + zero;
     }
@@ -1127,6 +1130,9 @@ extern "C" void panel_linear(const T* x, const void* panels, const float* scales
                  : bits == 8 ? panels_times<Bytes> : panels_times<Nibbles>;
     product(x, panels, scales, bias, out, rows, outputs, inputs, groups, gelu);
 }
+#ifdef __AVX512BF16__  // an older compiler does not know it though the CPU does, and is then half as fast as oneDNN
+extern "C" void multiplies_pairs() {}
+#endif
 
 // ---- One token per row: where the cumulative probability of what the filters keep passes the noise. All filters come
 // down to a limit on the depth, how far a logit lies below the largest one, after temperature.
@@ -1283,7 +1289,7 @@ template <class C>
 static void scores_many(Rows& t, const C* const* k, float* kt) {
     for (int j = 0; j < KEYS; j++)
         for (int64_t d = 0; d < t.D; d++) kt[d * KEYS + j] = to_float(k[j][d]);
-    std::fill(t.s.begin(), t.s.end(), 0.f);
+    std::fill_n(t.s.begin(), t.rows * KEYS, 0.f);
     multiply<Floats>(t.rows, t.q.data(), t.Dp, kt, KEYS, t.D, nullptr, nullptr, t.s.data(), KEYS);
 }
 template <class C>

@@ -8,6 +8,7 @@ need one are skipped, visibly.
 
 import contextlib
 import os
+import platform
 import random
 import sys
 import warnings
@@ -514,6 +515,8 @@ def test_a_row_does_not_depend_on_its_neighbours():
 def test_packing_loses_nothing(monkeypatch):
     one = kernels.pack_weight(randn(1, 3, 2, dtype=BF16))
     assert not isinstance(one, kernels.PanelWeight) or one.plain().shape == (3, 2)
+    one = randn(1, 64, 1, dtype=BF16).T  # a single output, whose stride torch leaves at 1, takes no pairs as it lies
+    assert torch.equal(kernels.PanelWeight.pack(one).plain(), one)
     for outputs, inputs in ((1, 64), (33, 64), (64, 192)):
         for weight, dtype in weights_of_all_kinds(outputs, inputs):
             monkeypatch.setattr(kernels, "use_cpp", False)
@@ -701,3 +704,36 @@ def test_a_damaged_build_is_not_fatal(monkeypatch, fresh):
     monkeypatch.setenv("CXX", "c++")
     with pytest.warns(UserWarning, match="broken.so"):
         assert kernels.cpp_library(F32) is None
+
+
+def test_cuda_on_cpu_says_that_there_is_no_compiler(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="silu_mul: there is no C\\+\\+ compiler"):
+        cuda_on_cpu.library.__wrapped__("", "silu_mul")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86 levels")
+@pytest.mark.parametrize("level", ["x86-64", "x86-64-v3", "x86-64-v4"])
+def test_older_cpus_compute_the_same(level, monkeypatch, fresh):
+    """What one instruction of a newer CPU does, the branches for those without it do too: here no CPU runs them else."""
+    needed = {"x86-64-v3": ("AVX2", "AVX512"), "x86-64-v4": ("AVX512",)}.get(level)
+    if needed and torch.backends.cpu.get_cpu_capability() not in needed:
+        pytest.skip("this CPU is older")
+    run, swap = kernels.subprocess.run, {"-march=native": f"-march={level}", "-O3": "-O1"}
+    monkeypatch.setattr(kernels.subprocess, "run", lambda command, **o: run([swap.get(w, w) for w in command], **o))
+    if kernels.cpp_library(BF16) is None:
+        pytest.skip("no C++ compiler here")
+    for D, heads, kv_heads, int8 in ((24, 2, 2, False), (80, 4, 1, False), (64, 6, 3, True), (24, 16, 2, True)):
+        batch = Ragged(D, BF16, [1, 70, 41, 16], [1, 30, 2, 16], heads, kv_heads, D, 16, int8=int8)
+        close(batch.run(), batch.expected())
+    weight, x = randn(1, 70, 640, dtype=F32), randn(2, 17, 640, dtype=BF16)
+    wrong = x.clone()
+    wrong[3, 5] = torch.nan
+    for w in (weight.bfloat16(), *(kernels.quantize(weight, *options) for options in ((8,), (8, 64), (4,), (4, 128)))):
+        exact, packed = w.double() if isinstance(w, torch.Tensor) else w.dequantize(F64), kernels.PanelWeight.pack(w)
+        for some in (x[:1], x):
+            close(kernels.linear(some, packed), some.double() @ exact.T, rtol=1e-2, atol=0.02)
+        assert kernels.linear(wrong, packed).isnan().any(1).nonzero().tolist() == [[3]]
+    # Such a compiler on a CPU with bfloat16 instructions: oneDNN, which uses them, has the products.
+    assert not isinstance(kernels.pack_weight(weight.bfloat16()), kernels.PanelWeight)

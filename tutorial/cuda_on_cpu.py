@@ -137,8 +137,10 @@ extern "C" const char* launch(const unsigned* n, void** args, void* tensors, siz
 """
     # No fused multiply-add here: results should not depend on the machine that the tests run on.
     flags = ["-O2", "-g", "-std=c++17", "-ffp-contract=off", f"-I{HEADER.parent}"]
+    if not (cxx := compiler()):
+        raise RuntimeError(f"{name}: there is no C++ compiler to build it with (none in CXX, no c++, g++ or clang++)")
     try:
-        target = kernels.build_library(f"cuda-on-cpu-{name}", compiler(), flags, source, HEADER.read_text())
+        target = kernels.build_library(f"cuda-on-cpu-{name}", cxx, flags, source, HEADER.read_text())
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"{name}: {error.stderr}") from None
     launch = ctypes.CDLL(str(target)).launch
