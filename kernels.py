@@ -3,7 +3,7 @@
 Each public function is the definition of an operation: a student can read it, swap it, and get the same tokens. It runs
 on any device. What lies between the matrix products (attention over scattered blocks, norms, rotary positions, sampling)
 also has compiled bodies, called with the tensors' pointers; the tests hold all bodies against each other.
-  * On a CPU with a C++ compiler: C++, in `CPU_SOURCE`, built once in about three seconds. `use_cpp = False` turns it off.
+  * On a CPU with a C++ compiler: C++, in `CPU_SOURCE`, built once in some five seconds. `use_cpp = False` turns it off.
   * On a GPU from sm_80 on: CUDA C++, in `CUDA`, compiled by torch's NVRTC at first use. Without a GPU the same sources run
     on the CPU, slowly: see tutorial/cuda_on_cpu.py.
 
@@ -699,11 +699,11 @@ def cpp_library(dtype: torch.dtype) -> CppLibrary | None:
 
 def build_library(name: str, compiler: str, flags: list[str], source: str, *depends: str) -> Path:
     """The library built from a C++ source, unless the user's cache folder has it. depends: what else it is made of."""
-    target = cached(name, ".so", source, compiler, *flags, *depends)
+    command = [compiler, *flags, "-shared", "-fPIC", "-x", "c++", "-"]
+    target = cached(name, ".so", source, *command, *depends)
     if not target.exists():
         with new_file(target) as path:
-            command = [compiler, *flags, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(path)]
-            subprocess.run(command, input=source, check=True, capture_output=True, text=True, timeout=300)
+            subprocess.run([*command, "-o", str(path)], input=source, check=True, capture_output=True, text=True, timeout=300)
     return target
 
 

@@ -394,7 +394,9 @@ def layout(c: ModelConfig) -> dict[str, Place]:
     places: dict[str, Place] = {}
 
     def add(layer, name, sources, cols=None, bias=False, **options):
-        """Parameter `name` is the weights of the modules `sources` = {module: rows} on top of each other, and so on."""
+        """Parameter `name` is the weights of the modules `sources` = {module: rows} on top of each other; with `bias`,
+        their biases are `name`_bias in the same way.
+        """
         for kind, suffix, width in (("weight", "", cols), ("bias", "_bias", None))[: 1 + bias]:
             total, row = sum(sources.values()), 0
             for source, rows in sources.items():
@@ -812,12 +814,12 @@ class SamplingParams:
         check("logits_processor", "be a function", self.logits_processor is None or callable(self.logits_processor))
         if not self.beam_search and self.length_penalty != 1:
             raise ValueError("length_penalty: is for beam_search")
-        set_ones = [name for name in ("stop", "logprobs", "top_k", "top_p", "min_p")
-                    if getattr(self, name) != getattr(type(self), name)]
-        set_ones += ["temperature"] if self.temperature not in (0, 1) else []
-        if self.beam_search and set_ones:
-            raise ValueError(f"{set_ones[0]}: can not be combined with beam_search, which compares token sequences by their "
-                             f"log-probability")
+        if self.beam_search:
+            for name in ("stop", "logprobs", "top_k", "top_p", "min_p", "temperature"):
+                allowed = (0, 1) if name == "temperature" else (getattr(type(self), name),)
+                if getattr(self, name) not in allowed:
+                    raise ValueError(f"{name}: can not be combined with beam_search, which compares token sequences by "
+                                     f"their log-probability")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens: {self.min_tokens} is more than max_tokens={self.max_tokens}")
 
@@ -2493,6 +2495,7 @@ class Answer:
 
     @property
     def is_finished(self) -> bool:
+        """Whether every choice has come to its end."""
         return all(choice.finish_reason for choice in self.choices)
 
     def opening(self) -> list[dict]:
@@ -3282,6 +3285,18 @@ def measure_roofline(dtype: torch.dtype, device: torch.device) -> tuple[float, f
     return bandwidth, 2 * 2048**3 / product
 
 
+def num_weights(c: ModelConfig) -> tuple[int, int]:
+    """How many weights are multiplied: (with every token, only with those that the next one is sampled after).
+
+    The latter are the output layer, and what comes behind attention in the last layer: `GPT.forward` drops the other rows
+    there. Of experts as many count as a token has.
+    """
+    used = [p for p in parameters(c) if len(p.shape) > 1 and p.name not in ("embed", "position_embed", "head")
+            and (p.expert is None or p.expert < c.experts_per_token)]
+    late = [math.prod(p.shape) for p in used if p.layer == c.num_layers - 1 and p.name != "qkv"]
+    return sum(math.prod(p.shape) for p in used) - sum(late), c.vocab_size * c.hidden_size + sum(late)
+
+
 class Roofline:
     """Adds up, step by step, the least time that the work could take: the larger of bytes / bandwidth and FLOPs / rate.
 
@@ -3291,11 +3306,7 @@ class Roofline:
     def __init__(self, llm: LLM, bandwidth: float, flops: float):
         c, self.bandwidth, self.flops, self.seconds, self.llm = llm.model.config, bandwidth, flops, 0.0, llm
         self.weight_bytes = llm.model.bytes_per_weight
-        used = [p for p in parameters(c) if len(p.shape) > 1 and p.name not in ("embed", "position_embed", "head")
-                and (p.expert is None or p.expert < c.experts_per_token)]
-        after = [p for p in used if p.layer == c.num_layers - 1 and p.name != "qkv"]  # see GPT.forward
-        self.head = c.vocab_size * c.hidden_size + sum(math.prod(p.shape) for p in after)
-        self.body = sum(math.prod(p.shape) for p in used if p not in after)
+        self.body, self.head = num_weights(c)
         self.kv_bytes = KVCache.bytes_per_block(c.num_layers, 1, c.num_kv_heads, c.head_dim, llm.cache.data.itemsize)
         self.per_pair = 4 * c.num_heads * c.head_dim * c.num_layers
         self.pack, llm.pack = llm.pack, self._watch

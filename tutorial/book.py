@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]  # the four modules, where they are not installed
 
-from nanoserve import Arrival, ModelConfig, parameters, token_ids, workload  # noqa: E402, F401
+from nanoserve import Arrival, num_weights, token_ids, workload  # noqa: E402, F401
 
 
 def options(doc: str) -> argparse.Namespace:
@@ -59,16 +59,6 @@ def bars(values: dict[str, float], unit: str = "", title: str = "") -> None:
     print("\n" + title if title else "")
     for name, value in values.items():
         print(f"  {name:<{width}}  {'#' * round(48 * value / most):<48}  {value:,.4g} {unit}".rstrip())
-
-
-def num_weights(config: ModelConfig) -> tuple[int, int]:
-    """How many weights are multiplied: (with every token, only with those that the next one is sampled after).
-
-    The latter are the output layer, and what comes behind attention in the last layer: nobody would read the others there.
-    """
-    matrices = [p for p in parameters(config) if p.layer is not None and len(p.shape) == 2]
-    late = [math.prod(p.shape) for p in matrices if p.layer == config.num_layers - 1 and p.name != "qkv"]
-    return sum(math.prod(p.shape) for p in matrices) - sum(late), config.vocab_size * config.hidden_size + sum(late)
 
 
 def quantile(values, share: float) -> float:
