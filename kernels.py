@@ -703,7 +703,8 @@ def build_library(name: str, compiler: str, flags: list[str], source: str, *depe
     target = cached(name, ".so", source, *command, *depends)
     if not target.exists():
         with new_file(target) as path:
-            subprocess.run([*command, "-o", str(path)], input=source, check=True, capture_output=True, text=True, timeout=300)
+            subprocess.run([*command, "-o", str(path)], input=source, text=True, check=True, capture_output=True,
+                           timeout=300)
     return target
 
 
