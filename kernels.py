@@ -485,10 +485,11 @@ def _paged_attention_cuda(cuda, q, k_cache, v_cache, k_scales, v_scales, block_t
     # kernels look, and skip whom the other takes; from shapes alone follows how many queries a request has at most.
     most, rows = T - B + 1, 128 if head_dim <= 128 else 64
     few = max(1, rows // group)
-    if use_tiles and most > few and q.element_size() == 2 and k_scales is None and head_dim <= 256 and scale > 0:
+    int8, caches = int(k_scales is not None), (k_cache, v_cache, k_scales, v_scales)
+    if use_tiles and most > few and q.element_size() == 2 and head_dim <= 256 and scale > 0:
         tiles = T * group // rows + min(B, (T - B) // few)
-        cuda("tiled_attention", (tiles, kv_heads), 128, q, k_cache, v_cache, block_tables, context_lens, query_start, out,
-             B, M, block_size, few, heads, kv_heads, q.stride(0), window, float(scale), D=head_dim, ROWS=rows,
+        cuda("tiled_attention", (tiles, kv_heads), 128, q, *caches, block_tables, context_lens, query_start, out, B, M,
+             block_size, few, heads, kv_heads, q.stride(0), window, float(scale), D=head_dim, ROWS=rows, INT8=int8,
              SHARED=(rows + 2 * 64) * (head_dim + 8) * 2)
         if B == 1:
             return out
@@ -503,10 +504,9 @@ def _paged_attention_cuda(cuda, q, k_cache, v_cache, k_scales, v_scales, block_t
     sums, stats, slots = None, None, min(T, B * most)
     if splits > 1:
         sums, stats = (q.new_empty(splits, slots, heads, n, dtype=torch.float32) for n in (head_dim, 2))
-    constants = {"D": head_dim, "R": R, "DECODE": int(decode), "INT8": int(k_scales is not None)}
-    cuda("paged_attention", (tiles, kv_heads, splits), 128, q, k_cache, v_cache, k_scales, v_scales, block_tables,
-         context_lens, query_start, out, sums, stats, B, M, block_size, most, slots, heads, kv_heads, q.stride(0), window,
-         float(scale), **constants)
+    constants = {"D": head_dim, "R": R, "DECODE": int(decode), "INT8": int8}
+    cuda("paged_attention", (tiles, kv_heads, splits), 128, q, *caches, block_tables, context_lens, query_start, out, sums,
+         stats, B, M, block_size, most, slots, heads, kv_heads, q.stride(0), window, float(scale), **constants)
     if splits > 1:
         cuda("combine_splits", (slots * heads,), 256, sums, stats, query_start, out, B, most, heads, splits, **constants)
     return out
@@ -1560,10 +1560,12 @@ __device__ unsigned and_xor(unsigned a, unsigned b, unsigned c) {
 }
 // 2^x in one instruction; 0 for what exp2f would take four to make subnormal.
 __device__ float power_of_2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-// 16 bytes from global to shared memory, while the thread goes on; they are there once it has waited.
-__device__ void copy_async(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                 :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+// 16 or 8 bytes from global to shared memory, while the thread goes on; they are there once it has waited. For 16 there is a
+// way past the L1 cache.
+template <int BYTES = 16> __device__ void copy_async(void* to, const void* from) {
+    unsigned shared = (unsigned)__cvta_generic_to_shared(to);
+    if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared), "l"(from) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(shared), "l"(from) : "memory");
 }
 __device__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // Four 8 x 8 matrices of 16-bit entries from shared memory: lane i says where row i % 8 of matrix i / 8 begins, and lane
@@ -2029,8 +2031,7 @@ extern "C" __global__ void combine_splits(const float* sums, const float2* stats
 
 CUDA["tiled_attention"] = r"""
 // Attention over the paged cache for requests with many queries, more than `few`: FlashAttention-2's scheme
-// (arXiv:2307.08691). The others are left to `paged_attention`, and so are a float or int8 cache: floats have no matrix
-// instruction that keeps their bits, and int8 would have to be widened between its copy and its use.
+// (arXiv:2307.08691). The others are left to `paged_attention`, and so are floats: no matrix instruction keeps their bits.
 //
 // Grid (tile, kv head). A tile is up to ROWS rows of one request. As there a row is a (query, head) pair, and the heads that
 // share a kv head are rows of the same tile: any group fills it, and it spans the fewest positions, so that little of what
@@ -2049,14 +2050,22 @@ CUDA["tiled_attention"] = r"""
 // with D = 128 a thread needs all of its 255 registers, and two blocks, 8 warps, fit on a multiprocessor; they use 136 KB
 // of its shared memory. Writes out.
 //
-// Left open: T (16 bits), D (a multiple of 16, at most 256), ROWS (128, or 64 where D > 128), SHARED (bytes of q, K and V).
-constexpr int WARPS = 4, KEYS = 64, MINE = ROWS / WARPS / 16, PITCH = D + 8, CHUNKS = D / 8;  // a chunk is 16 bytes
+// An int8 cache is brought as it is, each eight codes to where they will be eight entries, and whoever brought them widens
+// them there; scores and p are multiplied by the scales, which lie behind the rows of K and V.
+//
+// Left open: T (16 bits), D (a multiple of 16, at most 256), ROWS (128, or 64 where D > 128), INT8 (1: so is the cache),
+// SHARED (bytes of q, K and V).
+constexpr int WARPS = 4, KEYS = 64, MINE = ROWS / WARPS / 16, PITCH = D + 8;
+template <int> struct EntryOf { typedef T type; };
+template <> struct EntryOf<1> { typedef signed char type; };
+typedef EntryOf<INT8>::type Entry;  // of the cache
+constexpr int CHUNKS = D / 8, CHUNK = 8 * sizeof(Entry);  // of a row, and the bytes of one in the cache
 static_assert(SHARED == (ROWS + 2 * KEYS) * PITCH * sizeof(T), "as many bytes as the launch says");
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-tiled_attention(const T* q, const T* k_cache, const T* v_cache, const int* block_tables, const int* context_lens,
-                const int* query_start, T* out, int B, int M, int block_size, int few, int heads, int kv_heads,
-                int q_stride, int window, float scale) {
+tiled_attention(const T* q, const Entry* k_cache, const Entry* v_cache, const bf16* k_scales, const bf16* v_scales,
+                const int* block_tables, const int* context_lens, const int* query_start, T* out, int B, int M,
+                int block_size, int few, int heads, int kv_heads, int q_stride, int window, float scale) {
     DYNAMIC_SHARED(memory);
     T *queries = (T*)memory, *keys = queries + ROWS * PITCH, *values = keys + KEYS * PITCH;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
@@ -2082,18 +2091,40 @@ tiled_attention(const T* q, const T* k_cache, const T* v_cache, const int* block
     }
     // A warp brings EACH of a tile's keys or values, SIDE lanes a row; one lane looks up where it lies, the others ask it.
     constexpr int EACH = KEYS / WARPS, SIDE = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2;
+    float factor = 1;  // lanes 0 .. 15: the scales of the warp's keys, 16 .. 31: those of their values
     auto find = [&](int j) {
         int at = min(j + warp * EACH + lane % EACH, last);  // past the last key that one again: nobody sees it there
-        return block_tables[b * M + at / block_size] * block_size + at % block_size;
+        int block = block_tables[b * M + at / block_size];
+        if (INT8) {
+            long long place = ((long long)block * kv_heads + kv_head) * block_size + at % block_size;
+            factor = to_float((lane < EACH ? k_scales : v_scales)[place]);
+        }
+        return block * block_size + at % block_size;
     };
-    const int stride = kv_heads * D * sizeof(T), share = kv_head * D + lane % SIDE * 8;
-    auto bring = [&](T* to, const T* cache, int slot) {
-        to += (warp * EACH + lane / SIDE) * PITCH + lane % SIDE * 8;
+    auto factor_of = [&](T* rows, int key) { return (float*)(rows + key * PITCH + D); };
+    const int stride = kv_heads * D * sizeof(Entry), share = kv_head * D + lane % SIDE * 8;
+    auto mine = [&](T* rows) { return rows + (warp * EACH + lane / SIDE) * PITCH + lane % SIDE * 8; };
+    auto bring = [&](T* rows, const Entry* cache, int slot) {
+        T* to = mine(rows);
         #pragma unroll
         for (int i = 0; i < EACH; i += 32 / SIDE) {
             const char* row = (const char*)(cache + share) + (long long)__shfl_sync(ALL, slot, i + lane / SIDE) * stride;
-            for (int j = 0; j < CHUNKS; j += SIDE) copy_async(to + i * PITCH + j * 8, row + j * 16);
+            for (int j = 0; j < CHUNKS; j += SIDE) copy_async<CHUNK>(to + i * PITCH + j * 8, row + j * CHUNK);
         }
+    };
+    auto receive = [&](T* rows) {
+        wait_for_copies();
+        #pragma unroll
+        for (int i = 0; INT8 && i < EACH; i += 32 / SIDE)
+            for (int j = 0; j < CHUNKS; j += SIDE) {
+                T* chunk = mine(rows) + i * PITCH + j * 8;
+                Vec<unsigned, 2> codes = *(Vec<unsigned, 2>*)chunk;
+                Vec<unsigned, 4> wide;
+                for (int w = 0; w < 4; w++)
+                    wide.at[w] = widen_int8(T(), codes.at[w / 2], w % 2 * 2, codes.at[w / 2], w % 2 * 2 + 1);
+                *(Vec<unsigned, 4>*)chunk = wide;
+            }
+        __syncthreads();
     };
     int slot = find(first);
     bring(keys, k_cache, slot);
@@ -2108,11 +2139,18 @@ tiled_attention(const T* q, const T* k_cache, const T* v_cache, const int* block
     const int below = lane % 16 * PITCH + lane / 16 * 8, beside = (lane % 8 + lane / 16 * 8) * PITCH + lane / 8 % 2 * 8;
 
     for (int j = first; j <= last; j += KEYS) {
-        wait_for_copies();
-        __syncthreads();  // the keys are there, and the last values are no longer needed
+        receive(keys);  // and now the last values are no longer needed, nor the last scales
         bring(values, v_cache, slot);
+        if (INT8) *factor_of(lane < EACH ? keys : values, warp * EACH + lane % EACH) = factor;
         slot = find(j + KEYS);
         float s[MINE][KEYS / 8][4] = {};
+        auto weigh = [&](T* rows) {  // by the scales of K or V
+            for (int i = 0; i < KEYS / 4; i++) {
+                float factor = *factor_of(rows, i / 2 * 8 + i % 2 + 2 * c);
+                for (int m = 0; m < MINE; m++)
+                    for (int h = 0; h < 2; h++) s[m][i / 2][2 * h + i % 2] *= factor;
+            }
+        };
         #pragma unroll
         for (int d = 0; d < D; d += 16) {
             unsigned a[MINE][4], k[4];
@@ -2126,9 +2164,9 @@ tiled_attention(const T* q, const T* k_cache, const T* v_cache, const int* block
                 }
             }
         }
-        wait_for_copies();
-        __syncthreads();  // the values are there, and the keys are no longer needed
+        receive(values);  // and now the keys are no longer needed
         if (j + KEYS <= last) bring(keys, k_cache, slot);
+        if (INT8) weigh(keys);
         bool all_visible = j + KEYS <= position0 + 1 && (!window || j > last - window);
         #pragma unroll
         for (int m = 0; m < MINE; m++)
@@ -2145,12 +2183,14 @@ tiled_attention(const T* q, const T* k_cache, const T* v_cache, const int* block
                 float shrink = power_of_2(top[m][h] * scale - base);
                 top[m][h] = largest;
                 total[m][h] *= shrink;
+                if (INT8) base -= 6;  // 64 p, for the reason that `paged_attention` gives
                 for (int i = 0; i < KEYS / 4; i++) {
                     float& p = s[m][i / 2][2 * h + i % 2];
                     total[m][h] += p = power_of_2(p * scale - base);
                 }
                 for (int i = 0; i < D / 4; i++) acc[m][i / 2][2 * h + i % 2] *= shrink;
             }
+        if (INT8) weigh(values);
         #pragma unroll
         for (int key = 0; key < KEYS; key += 16) {
             unsigned p[MINE][4], v[4];

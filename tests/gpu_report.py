@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,13 +61,19 @@ def seconds(work, repeat: int = 20, runs: int = 5, captured: bool = True) -> flo
     return statistics.median(times)
 
 
+def random_cache(shape, device, int8=False) -> tuple[list[torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
+    """Keys and values [blocks, block_size, Hkv, D] in bfloat16, or as int8 with scales."""
+    caches = [torch.randn(shape, device=device).bfloat16() for _ in "kv"]
+    if not int8:
+        return caches, None
+    scales = tuple(torch.rand(shape[0], shape[2], shape[1], device=device).bfloat16() / 30 for _ in "kv")
+    return [(cache * 30).to(torch.int8) for cache in caches], scales
+
+
 def attention(batch: int, length: int, device, int8=False, heads=32, kv_heads=8, D=128, block_size=16) -> tuple[float, int]:
     """Decoding: (seconds, bytes of keys and values) of one layer's attention for `batch` requests of `length` tokens."""
     blocks = batch * -(-length // block_size)
-    caches, scales = [torch.randn(blocks + 1, block_size, kv_heads, D, device=device).bfloat16() for _ in "kv"], None
-    if int8:
-        caches = [(cache * 30).to(torch.int8) for cache in caches]
-        scales = tuple(torch.rand(blocks + 1, kv_heads, block_size, device=device).bfloat16() / 30 for _ in "kv")
+    caches, scales = random_cache((blocks + 1, block_size, kv_heads, D), device, int8)
     tables = (torch.randperm(blocks, device=device).int() + 1).view(batch, -1)
     lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
     start = torch.arange(batch + 1, dtype=torch.int32, device=device)
@@ -77,17 +84,19 @@ def attention(batch: int, length: int, device, int8=False, heads=32, kv_heads=8,
 
 def prompts(batch: int, length: int, device, heads=32, kv_heads=8, D=128, block_size=16) -> dict[str, float]:
     """Seconds of one layer's attention for `batch` whole prompts of `length` tokens in bfloat16: by the kernel for few
-    queries, by the tiled one, and by torch's FlashAttention, which is given keys and values in one piece (the blocks that
-    it could gather from are of 256 tokens).
+    queries, by the tiled one, also over an int8 cache, and by torch's FlashAttention, which is given keys and values in one
+    piece (the blocks that it could gather from are of 256 tokens).
     """
     blocks = batch * -(-length // block_size)
-    caches = [torch.randn(blocks + 1, block_size, kv_heads, D, device=device).bfloat16() for _ in "kv"]
     tables = (torch.randperm(blocks, device=device).int() + 1).view(batch, -1)
     lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
     start = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
     q, taken = torch.randn(batch * length, heads, D, device=device).bfloat16(), {}
-    for name, kernels.use_tiles in (("few queries", False), ("tiled", True)):
-        taken[name] = seconds(lambda: kernels.paged_attention(q, *caches, tables, lengths, start, D**-0.5), repeat=5, runs=3)
+    for name, tiles, int8 in (("few queries", False, False), ("tiled", True, False), ("tiled, int8", True, True)):
+        kernels.use_tiles = tiles
+        caches, scales = random_cache((blocks + 1, block_size, kv_heads, D), device, int8)
+        work = partial(kernels.paged_attention, q, *caches, tables, lengths, start, D**-0.5, scales=scales)
+        taken[name] = seconds(work, repeat=5, runs=3)
     try:
         from torch.nn.attention.varlen import varlen_attn
 

@@ -79,6 +79,13 @@ def test_sample_reaches_every_kept_token_and_no_other():
 # ---- splitting ----
 
 
+def in_int8(caches):
+    """The caches [N, block_size, Hkv, D] as codes, and their scales [N, Hkv, block_size]."""
+    codes, scales = zip(*(kernels.quantize_kv(cache.flatten(0, 1)) for cache in caches))
+    return ([c.view(cache.shape) for c, cache in zip(codes, caches)],
+            tuple(s.view(cache.shape[:3]).transpose(1, 2).contiguous() for s, cache in zip(scales, caches)))
+
+
 @needs_compiler
 @pytest.mark.parametrize("num_sms", [1, 8, 64])
 @pytest.mark.parametrize("window, int8", [(0, False), (70, False), (70, True)])
@@ -91,11 +98,7 @@ def test_the_number_of_splits_does_not_change_attention(num_sms, window, int8, m
     tables = torch.tensor(random.Random(0).sample(range(1, 160), 4 * 35)).view(4, 35).int().repeat(1, 8)
     tables[3] = torch.arange(280) % 159 + 1
     q = torch.randn(4, 6, D, generator=torch.Generator().manual_seed(2))
-    scales = None
-    if int8:
-        (caches[0], k_scales), (caches[1], v_scales) = (kernels.quantize_kv(c.flatten(0, 1)) for c in caches)
-        caches = [c.view(80 * 2, block_size, 2, D) for c in caches]
-        scales = tuple(s.view(80 * 2, block_size, 2).transpose(1, 2).contiguous() for s in (k_scales, v_scales))
+    caches, scales = in_int8(caches) if int8 else (caches, None)
     arguments = (q, *caches, tables, torch.tensor(lengths).int(), torch.arange(5).int(), D**-0.5, window, scales)
     expected = kernels.paged_attention(*arguments)
     with cuda_on_cpu.enabled():
@@ -107,23 +110,25 @@ def test_the_number_of_splits_does_not_change_attention(num_sms, window, int8, m
 LENGTHS, NEWS = [130, 530, 3, 90, 700, 60], [40, 1, 3, 33, 10, 2]  # with 12 heads a kv head 10 queries fit into a tile
 
 
-def mixed_batch(dtype, requests=range(6), group=12, D=64):
+def mixed_batch(dtype, requests=range(6), group=12, D=64, int8=False):
     """Arguments of paged_attention for some of those requests."""
     caches = [torch.randn(100, 16, 1, D, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2)]
     tables = [torch.randperm(100, generator=torch.Generator().manual_seed(b))[:50] for b in requests]
     q = [torch.randn(NEWS[b], group, D, generator=torch.Generator().manual_seed(b)).to(dtype) for b in requests]
     start = [0, *itertools.accumulate(NEWS[b] for b in requests)]
+    caches, scales = in_int8(caches) if int8 else (caches, None)
     return (torch.cat(q), *caches, torch.stack(tables).int(), torch.tensor([LENGTHS[b] for b in requests]).int(),
-            torch.tensor(start).int(), D**-0.5)
+            torch.tensor(start).int(), D**-0.5, 0, scales)
 
 
 @needs_compiler
 @pytest.mark.parametrize("num_sms", [1, 64])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_long_and_short_queries_are_one_call(dtype, num_sms, monkeypatch):
+@pytest.mark.parametrize("dtype, int8", [(F32, False), (BF16, False), (BF16, True)], ids=str)
+def test_long_and_short_queries_are_one_call(dtype, int8, num_sms, monkeypatch):
     """In 16 bits the long ones go to a kernel of their own, the others are split among many multiprocessors all the same."""
     monkeypatch.setattr(kernels, "use_cpp", False)
-    arguments, close = mixed_batch(dtype), {"rtol": 1e-5, "atol": 1e-5} if dtype is F32 else {"rtol": 1e-2, "atol": 1e-2}
+    arguments, tolerance = mixed_batch(dtype, int8=int8), 1e-5 if dtype is F32 else 1e-2
+    close = {"rtol": tolerance, "atol": tolerance}
     expected = kernels.paged_attention(*arguments)
     with cuda_on_cpu.enabled(num_sms=num_sms, launches=[]) as launches:
         torch.testing.assert_close(kernels.paged_attention(*arguments), expected, **close)
@@ -591,7 +596,7 @@ def test_no_rows_and_many_rows_can_be_launched(gpu):
 
 def test_shared_memory_beyond_48_kilobytes_is_asked_for(gpu):
     """Once, before the first launch that needs it."""
-    made, constants = kernels.compiled()[1], {"D": 128, "ROWS": 128, "SHARED": 69632}
+    made, constants = kernels.compiled()[1], {"D": 128, "ROWS": 128, "SHARED": 69632, "INT8": 0}
     for _ in range(2):
         made("tiled_attention", (1, 1), 128, **constants)
     made("tiled_attention", (1, 1), 128, **{**constants, "SHARED": 36864})
@@ -648,11 +653,12 @@ def test_half_precision_is_converted_like_torch_does(monkeypatch):
 # ---- compiling for a GPU ----
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
-TILED = {D: {"D": D, "ROWS": (rows := 128 if D <= 128 else 64), "SHARED": (rows + 128) * (D + 8) * 2} for D in HEAD_SIZES}
+TILED = [{"D": D, "ROWS": (rows := 128 if D <= 128 else 64), "SHARED": (rows + 128) * (D + 8) * 2, "INT8": int8}
+         for D in HEAD_SIZES for int8 in (0, 1)]
 KERNELS = [("add_norm", {"N": 8}), ("silu_mul", {"N": 8}), ("sample", {}),
            ("low_bit_linear", {"BITS": 8}), ("low_bit_linear", {"BITS": 4}),
            *(("rope_and_write_kv", {"D": 128, "INT8": int8}) for int8 in (0, 1)),
-           *(("tiled_attention", constants) for constants in TILED.values()),
+           *(("tiled_attention", constants) for constants in TILED),
            *(("paged_attention", {"D": D, "R": R, "DECODE": R == 8, "INT8": 0}) for D in HEAD_SIZES for R in (8, 16)),
            *(("paged_attention", {"D": D, "R": R, "DECODE": R == 8, "INT8": 1}) for D, R in ((64, 8), (80, 8), (128, 16)))]
 
@@ -721,10 +727,10 @@ def test_decode_kernels_do_not_spill(arch, tmp_path):
 def test_two_blocks_of_tiled_attention_fit_on_a_multiprocessor(arch, tmp_path):
     """It uses nearly all registers of a thread, for sums that must not leave them; and no more shared memory than half
     of an H100's, nor than what the smallest of the GPUs since sm_80 gives a block."""
-    for D, constants in TILED.items():
+    for constants in TILED:
         log = assembler_log(tmp_path, arch, kernels.cuda_source("tiled_attention", "bf16", **constants))
         registers = re.findall(r"Used (\d+) registers", log)
-        assert log.count(NO_SPILLS) == 1 == len(registers), (D, log)
+        assert log.count(NO_SPILLS) == 1 == len(registers), (constants, log)
         warp = -(-int(registers[0]) * 32 // 256) * 256  # a warp's registers are allocated by 256
         assert 2 * 4 * warp <= 65536 and "smem" not in log and constants["SHARED"] <= 99 << 10
 

@@ -55,7 +55,8 @@ struct Thread {
     const char* where;                 // the operation this thread waits at
     unsigned turn = 0;                 // warp operations so far; the slots alternate, as a fast lane may be one ahead
     alignas(16) char slot[2][SLOT];    // what this lane brought to a warp operation
-    std::vector<std::pair<void*, const void*>> copies;  // of 16 bytes, (to, from), not waited for yet
+    struct Copy { void* to; const void* from; int bytes; };
+    std::vector<Copy> copies;  // not waited for yet
     bool started;
     jmp_buf at;
     std::vector<char> stack;
@@ -318,14 +319,15 @@ static inline float power_of_2(float x) { return std::exp2(x); }
 
 #define DYNAMIC_SHARED(NAME) alignas(16) __shared__ char NAME[SHARED]
 struct alignas(16) Chunk { unsigned words[4]; };
-static inline void copy_async(void* to, const void* from) {
-    cuda::check_shared((Chunk*)to);
-    cuda::check_access((const Chunk*)from);
-    memset(to, 0xff, sizeof(Chunk));
-    cuda::current->copies.push_back({to, from});
+template <int BYTES = 16> static inline void copy_async(void* to, const void* from) {
+    struct alignas(BYTES) Piece { char bytes[BYTES]; };
+    cuda::check_shared((Piece*)to);
+    cuda::check_access((const Piece*)from);
+    memset(to, 0xff, BYTES);
+    cuda::current->copies.push_back({to, from, BYTES});
 }
 static inline void wait_for_copies() {
-    for (auto [to, from] : cuda::current->copies) memcpy(to, from, sizeof(Chunk));
+    for (auto [to, from, bytes] : cuda::current->copies) memcpy(to, from, bytes);
     cuda::current->copies.clear();
 }
 static inline cuda::Meeting<Chunk> meet_with_row(const char* name, const void* row) {
