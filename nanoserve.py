@@ -121,7 +121,7 @@ class ModelConfig:
     COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
               "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions", "num_experts", "num_local_experts",
               "num_experts_per_tok", "moe_intermediate_size")
-    COUNTS_OR_NULL = ("num_key_value_heads", "head_dim", "n_inner")
+    COUNTS_OR_NULL = ("num_key_value_heads", "head_dim", "n_inner", "sliding_window")
 
     @classmethod
     def from_dict(cls, c: dict) -> ModelConfig:
@@ -1432,12 +1432,12 @@ class LLM:
         """The text of one completion, piece by piece as it comes, until its deadline if it has one. Leaving the loop early
         aborts the request. ValueError if it can not be served, or fails on the way.
         """
-        if params and params.n > 1:
-            raise ValueError(f"n: a stream is one sample, got n={params.n}")
-        if params and params.beam_search:
-            raise ValueError("beam_search: can not be streamed, as what is likeliest changes until the end")
         request, shown = self.add_request(prompt, params), 0
         try:
+            if request.search:
+                raise ValueError("beam_search: can not be streamed, as what is likeliest changes until the end")
+            if request.width > 1:
+                raise ValueError(f"n: a stream is one sample, got n={request.width}")
             while True:  # others may step, and finish this request, while we wait at the yield
                 text = self.text(request)
                 if len(text) > shown:

@@ -540,6 +540,8 @@ def test_stream_pieces_join_to_the_text():
     assert "".join(llm.stream("Once upon", replace(p, stop=stop))) == plain.text[: plain.text.find(stop)]
     with pytest.raises(ValueError, match="n: .*2"):
         list(llm.stream("Once upon", replace(p, n=2)))
+    with pytest.raises(ValueError, match="params: must be SamplingParams, got dict"):
+        list(llm.stream("Once upon", {"n": 1}))
     assert is_clean(llm)
 
 

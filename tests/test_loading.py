@@ -456,6 +456,7 @@ def test_a_weight_stored_the_wrong_way_round(copy):
     ({"hidden_act": "relu"}, "hidden_act='relu'"),
     ({"num_hidden_layers": ...}, "num_hidden_layers is missing"),
     ({"vocab_size": "96"}, "vocab_size"),
+    ({"sliding_window": -1}, "sliding_window"),
     ({"hidden_size": None}, "hidden_size"),
     ({"num_attention_heads": 0}, "num_attention_heads"),
     ({"rope_scaling": "linear"}, "rope_scaling"),
