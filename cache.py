@@ -235,7 +235,8 @@ class KVCache:
     codes are made for the rounded scale, its few bits cost nothing.) Survey A III.C · B 3.2.1 · C KV Cache Optimization:
     Compression Techniques.
 
-    host: for each tensor main memory for so many blocks more, [num_host_slots, num_layers, 2, ...] and on as above.
+    host: for each tensor main memory for so many blocks more, [num_host_slots, num_layers, 2, ...] and on as above. Beside
+    a GPU it is pinned, of which torch takes the next power of two bytes.
 
     Memory comes uninitialised, and from the operating system only when first written. Nothing ever reads a slot that
     was not written (attention stops at the context's end), so there is nothing to clear.

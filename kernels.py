@@ -256,9 +256,11 @@ def mixture_of_experts(x: torch.Tensor, experts: torch.Tensor, weights: torch.Te
 
 
 def can_group(weight: torch.Tensor | PanelWeight | LowBitWeight) -> bool:
-    """Whether `mixture_of_experts` takes weights like this one stacked: bfloat16 on a GPU, rows of whole 16 bytes."""
+    """Whether `mixture_of_experts` takes weights like this one stacked: bfloat16 in rows of whole 16 bytes, on a GPU for
+    which torch has a kernel (sm_90, sm_100). On others its product asks the device for `offs`: no graph can capture that.
+    """
     return (isinstance(weight, torch.Tensor) and weight.device.type == "cuda" and weight.dtype == torch.bfloat16
-            and not any(size % 8 for size in weight.shape))
+            and not any(size % 8 for size in weight.shape) and torch.cuda.get_device_capability(weight.device)[0] in (9, 10))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1968,7 +1970,9 @@ paged_attention(const T* q, const void* k_cache, const void* v_cache, const bf16
     };
     for (int w = 0; w < WARPS; w++) {
         if (w == warp)
+            #pragma unroll  // as above
             for (int t = 0; t < TILES; t++)
+                #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     int row = 8 * t + 2 * c + e;
                     float factor = top[t][e] == -INFINITY ? 0 : exp2f(top[t][e] - largest(row));

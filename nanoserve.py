@@ -278,7 +278,9 @@ class GPT:
                  quantize: str | None = None):
         if quantize not in (None, *LOW_BITS):
             raise ValueError(f"quantize: must be {' or '.join(LOW_BITS)}, got {quantize!r}")
-        self.config, self.dtype, self.device, self.quantize = config, dtype, torch.device(device), quantize
+        self.config, self.dtype, self.quantize = config, dtype, quantize
+        # With its number: by "cuda" each thread means its own current one, and to torch that is not equal to "cuda:0".
+        self.device = torch.empty(0, device=device).device
         self.max_len = max_len or config.max_len
         self.layers = [Layer() for _ in range(config.num_layers)]
         self.embed = self.position_embed = self.final_norm = self.final_norm_bias = self.head = None
@@ -303,6 +305,8 @@ class GPT:
             attended = kernels.paged_attention(q, k_cache, v_cache, batch.block_tables, batch.context_lens,
                                                batch.query_start, scale, window, scales).flatten(1)
             if layer is self.layers[-1]:  # from here on only the rows that somebody wants logits of
+                if not len(batch.rows):  # the middle of a prompt; not all that follows can be launched for no rows
+                    return x.new_empty(0, c.vocab_size)
                 attended, x = attended[batch.rows], x[batch.rows]
             delta = kernels.linear(attended, layer.o, layer.o_bias)
             h, x = kernels.add_norm(x, delta, layer.mlp_norm, layer.mlp_norm_bias, c.norm_eps)
@@ -972,6 +976,8 @@ class DecodeGraphs:
                            torch.arange(n + 1, dtype=torch.int32, device=model.device),
                            torch.arange(n, device=model.device))
         self.model, self.cache, self.pool, self.graphs = model, cache, None, {}
+        # By default torch captures on the current device, which may be another; and what a pool has is one stream's.
+        self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         for size in reversed(self.sizes):
             b = self.batch
             rows = Batch(b.tokens[:size], b.positions[:size], b.slots[:size], b.block_tables[:size], b.context_lens[:size],
@@ -983,7 +989,7 @@ class DecodeGraphs:
         """What replays the forward pass of these rows, and where their logits then are."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.model.device)
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             logits = self.model.forward(rows, self.cache)
         self.pool = graph.pool()
         return graph.replay, logits
@@ -1319,8 +1325,9 @@ class LLM:
     @torch.inference_mode()
     def _compute_the_largest_step(self, kv_dtype, block_size, max_batch_tokens, max_batch_requests):
         """Compute as many tokens of as many requests as a step can have, before there is a cache: all in one scratch block.
-        What this takes of the memory stays with torch for the steps to come, and kernels are compiled.
+        What this takes of the memory is left for the steps to come, and kernels are compiled.
         """
+        torch.cuda.empty_cache()  # or what earlier engines of this process have freed would count as taken
         c, num_requests = self.model.config, min(max_batch_requests, max_batch_tokens)
         each = min(self.max_model_len, max_batch_tokens // num_requests)
 
@@ -1335,9 +1342,10 @@ class LLM:
         zeros = torch.zeros(num_requests, device=self.device)
         try:
             cache = KVCache(c.num_layers, 1, block_size, c.num_kv_heads, c.head_dim, kv_dtype, self.device)
-            logits = self.model.forward(batch, cache).float()  # as edits need them
-            kernels.sample(logits, temperature=zeros + 1, top_k=zeros.long(), top_p=zeros + 0.5, min_p=zeros,
-                           noise=zeros.double())
+            logits = self.model.forward(batch, cache)
+            for either in logits, logits.float():  # edits need the latter
+                kernels.sample(either, temperature=zeros + 1, top_k=zeros.long(), top_p=zeros + 0.5, min_p=zeros,
+                               noise=zeros.double())
         except torch.OutOfMemoryError:
             raise ValueError(f"max_batch_tokens: there is no memory for a step of {num_requests * each:,} tokens of "
                              f"{num_requests} requests; lower it, or max_batch_requests") from None
@@ -1346,9 +1354,13 @@ class LLM:
         """Only what never waits for the device can be captured: not the PyTorch attention, nor the loop over experts."""
         c, loops = model.config, any(isinstance(layer.gate_up, list) for layer in model.layers)
         capturable = kernels.compiled(model.embed)[1] and c.head_dim % 16 == 0 and not loops
-        if self.device.type == "cuda" and capturable:
+        if self.device.type != "cuda" or not capturable:
+            return None
+        try:
             return DecodeGraphs(model, cache, max_requests, self.pool.blocks_for(self.max_model_len))
-        return None
+        except torch.OutOfMemoryError:
+            raise ValueError("kv_memory: leaves no memory to the decode graphs; lower it, or max_batch_requests, or have no "
+                             "graphs") from None
 
     def _measure_swap(self) -> tuple[float, float]:
         """Seconds to compute a token of a long prompt, and to copy a block to the host and back. Both are first guesses at
@@ -3264,25 +3276,29 @@ def nano_vllm_workload(vocab: int, seed: int) -> list[tuple[float, list[int], in
 
 
 def measure_roofline(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """This machine's (bytes/s of a large copy, counting reads and writes; FLOP/s of a 2048-cubed product). Medians."""
+    """This machine's (bytes/s of a large copy, counting reads and writes; FLOP/s of a large square product). Medians."""
+    # On a GPU several at a time, and larger: launching one and waiting for it can take as long as the work itself.
+    repeat, n = (20, 4096) if device.type == "cuda" else (1, 2048)
+
     def seconds(work):
         times = []
         for _ in range(9):
             start = time.perf_counter()
-            work()
+            for _ in range(repeat):
+                work()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - start)
+            times.append((time.perf_counter() - start) / repeat)
         return statistics.median(times[2:])
 
-    a = torch.randn(2048, 2048, device=device).to(dtype)
+    a = torch.randn(n, n, device=device).to(dtype)
     source = torch.empty(1 << 28, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     packed = kernels.pack_weight(a)
     bandwidth = 2 * source.nbytes / seconds(lambda: target.copy_(source))
     # The better of our product and torch's: the machine's rate must not fall because ours is made for few rows.
     product = min(seconds(lambda: kernels.linear(a, packed)), seconds(lambda: torch.nn.functional.linear(a, a)))
-    return bandwidth, 2 * 2048**3 / product
+    return bandwidth, 2 * n**3 / product
 
 
 def num_weights(c: ModelConfig) -> tuple[int, int]:
@@ -3379,16 +3395,19 @@ class TransformersPeer:
         self.model, self.work = model.to(device).eval(), work
         self.generation = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1)
         blocks = sum(-(-(len(prompt) + tokens) // 32) for _, prompt, tokens in work) + len(work) + 2
-        self.config = transformers.ContinuousBatchingConfig(page_size=32, num_blocks=blocks, max_batch_tokens=512,
+        # Tokens in a block by their place: that field's name has changed (5.17 and before: block_size; since: page_size).
+        self.config = transformers.ContinuousBatchingConfig(32, num_blocks=blocks, max_batch_tokens=512,
                                                             max_requests_per_batch=len(work), allow_block_sharing=False)
 
-    def run(self) -> float:
-        """Seconds for all of it. Its thread lives only meanwhile: idle, it would take time from whoever is measured."""
+    def run(self, count: int | None = None) -> float:
+        """Seconds for all of it, or the first `count`. Its thread lives only meanwhile: idle, it would take time from
+        whoever is measured.
+        """
         manager = self.model.init_continuous_batching(self.generation, self.config)
         manager.start()
-        self._finish(manager, self.work[:1])  # whatever it sets up for the first request
+        self._finish(manager, [(0.0, self.work[0][1], 1)])  # whatever it sets up for the first request
         start = time.perf_counter()
-        self._finish(manager, self.work)
+        self._finish(manager, self.work[:count])
         seconds = time.perf_counter() - start
         manager.stop(block=True)
         return seconds
@@ -3424,6 +3443,8 @@ def bench(args: argparse.Namespace) -> None:
     dtype = pick_dtype(args.dtype, device, config.dtype if folder else "bfloat16")
     bandwidth, flops = measure_roofline(dtype, device)  # first, so that its buffers do not count as the engine's
     model = None if folder else GPT(config, dtype, device, args.max_model_len, args.quantize).randomize(args.seed)
+    if args.compare and device.type == "cuda" and args.kv_memory is None:
+        args.kv_memory = 0.35  # the other's cache, of all requests at once, has to fit in beside ours
     llm = make_llm(args, model)
     vocab = llm.model.config.vocab_size
     work = nano_vllm_workload(vocab, args.seed) if args.nano_vllm else named_workload(args, llm.longest_request, vocab)
@@ -3433,7 +3454,7 @@ def bench(args: argparse.Namespace) -> None:
     peer = None
     if args.compare:
         peer = TransformersPeer(shape, dtype, device, work)
-        peer.run()  # warm up
+        peer.run(max(2, len(work) // 4))  # warm up
     print(f"this machine, now: {bandwidth / 1e9:.1f} GB/s copying, {flops / 1e9:,.0f} GFLOP/s multiplying")
     run_workload(llm, work[: max(2, len(work) // 4)])  # warm up: allocations, first use of kernels
     runs, theirs, floor, before = [], [], 0.0, llm.stats()

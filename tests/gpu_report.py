@@ -1,10 +1,12 @@
 """One command for a machine with a GPU: runs the GPU tests, then measures all that the README's GPU table wants to know.
 
-    python tests/gpu_report.py                   # prints as it goes; a quarter of an hour
-    python tests/gpu_report.py tests kernels     # or only these parts of it: tests, kernels, engine, start
+    python tests/gpu_report.py                   # prints as it goes; some twenty minutes
+    python tests/gpu_report.py tests kernels     # or only these parts of it: tests, kernels, engine, start, peer
     python tests/gpu_report.py --tiny            # small sizes on whatever device there is: shows only that the script runs
 
 "start" writes a checkpoint of the 8B shape into the folder for temporary files, 16 GB, and reads it once before it counts.
+"peer" is the same work through transformers. Each part has a process of its own: a kernel that goes wrong takes the whole
+process's GPU with it. What ran on no GPU yet comes last in its part.
 
 Kernels are timed by the device's own clock, after a warm-up, as the median of several runs, over buffers too large for the
 L2 cache. Shares are of the bandwidth of a large copy, or of the rate of a large product, measured here on the same device.
@@ -24,7 +26,6 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
-PARTS = ["tests", "kernels", "engine", "start"]
 sys.path.insert(0, str(ROOT))
 import kernels  # noqa: E402
 import nanoserve  # noqa: E402
@@ -70,16 +71,23 @@ def random_cache(shape, device, int8=False) -> tuple[list[torch.Tensor], tuple[t
     return [(cache * 30).to(torch.int8) for cache in caches], scales
 
 
+def copies_beyond_l2(device, size: int) -> int:
+    """How many buffers of `size` bytes, used in turn, it takes for none to be in the L2 cache when its turn comes again."""
+    return 1 + (3 * torch.cuda.get_device_properties(device).L2_cache_size // size if device.type == "cuda" else 0)
+
+
 def attention(batch: int, length: int, device, int8=False, heads=32, kv_heads=8, D=128, block_size=16) -> tuple[float, int]:
     """Decoding: (seconds, bytes of keys and values) of one layer's attention for `batch` requests of `length` tokens."""
-    blocks = batch * -(-length // block_size)
-    caches, scales = random_cache((blocks + 1, block_size, kv_heads, D), device, int8)
+    blocks, moved = batch * -(-length // block_size), 2 * batch * length * kv_heads * (D + 2 if int8 else 2 * D)
+    layers = [random_cache((blocks + 1, block_size, kv_heads, D), device, int8)
+              for _ in range(copies_beyond_l2(device, moved))]
     tables = (torch.randperm(blocks, device=device).int() + 1).view(batch, -1)
     lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
     start = torch.arange(batch + 1, dtype=torch.int32, device=device)
     q = torch.randn(batch, heads, D, device=device).bfloat16()
-    taken = seconds(lambda: kernels.paged_attention(q, *caches, tables, lengths, start, D**-0.5, scales=scales))
-    return taken, 2 * batch * length * kv_heads * (D + 2 if int8 else 2 * D)
+    taken = seconds(lambda: [kernels.paged_attention(q, *caches, tables, lengths, start, D**-0.5, scales=scales)
+                             for caches, scales in layers])
+    return taken / len(layers), moved
 
 
 def prompts(batch: int, length: int, device, heads=32, kv_heads=8, D=128, block_size=16) -> dict[str, float]:
@@ -115,8 +123,9 @@ def matrix_rate(device, size: int) -> float:
     return 2 * size**3 / seconds(lambda: a @ b, captured=False)
 
 
-def products(device, inputs: int, outputs: int, rows: int, copies: int) -> dict[str, float]:
+def products(device, inputs: int, outputs: int, rows: int) -> dict[str, float]:
     """Seconds of a product in bfloat16 and with 8 and 4-bit weights; as many weights in turn as the L2 cache cannot hold."""
+    copies = copies_beyond_l2(device, inputs * outputs // 2)
     weights = [torch.randn(outputs, inputs, device=device) for _ in range(copies)]
     x, taken = torch.randn(rows, inputs, device=device).bfloat16(), {}
     for name, ready in (("bf16", lambda w: w.bfloat16()), ("int8", lambda w: kernels.quantize(w, 8)),
@@ -163,6 +172,7 @@ def idle_share(device, shape: str, requests: int, overlap: bool, steps: int = 50
         llm.step()
     wait()
     taken = (time.perf_counter() - start) / steps
+    del llm.pack  # or the engine would hold itself, and its memory
     batch, samplers, _ = last[-1]
     forward = llm.graphs.forward if llm.graphs else lambda batch: model.forward(batch, llm.cache)
     busy = seconds(lambda: llm.draw(samplers, forward(batch)), captured=False, repeat=steps)
@@ -175,10 +185,13 @@ def copy_bandwidth(device, size: int) -> float:
     return 2 * size / seconds(lambda: target.copy_(source), captured=False)
 
 
-def command(*words: str) -> None:
-    """Run one of the project's commands and show what it prints."""
+def command(*words: str, most: int | None = 240) -> None:
+    """Run one of the project's commands, for so many seconds at most, and show what it prints when it does."""
     print(f"\n$ python {' '.join(words)}", flush=True)
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=False)
+    try:
+        subprocess.run([sys.executable, "-u", *words], cwd=ROOT, check=False, timeout=most)
+    except subprocess.TimeoutExpired:
+        print(f"not done after {most} seconds")
 
 
 def save_random(folder: Path, shape: dict, device) -> None:
@@ -217,11 +230,6 @@ def measure_kernels(device, tiny: bool) -> None:
     print(f"large copy: {bandwidth / 1e9:,.0f} GB/s read and written")
     rate = matrix_rate(device, 64 if tiny else 8192)
     print(f"large product: {rate / 1e12:,.0f} TFLOP/s in bfloat16")
-    for batch, length in ((2, 40),) if tiny else ((8, 4096), (1, 32768), (64, 512)):
-        flops = 4 * 32 * 128 * batch * length * (length + 1) / 2
-        print(f"prompt attention, {batch} x {length:,}: " + ", ".join(
-            f"{name} {flops / taken / 1e12:,.0f} TFLOP/s ({100 * flops / taken / rate:.0f} % of the product's)"
-            for name, taken in prompts(batch, length, device).items()))
     for batch, length in ((2, 40), (1, 300)) if tiny else ((64, 2048), (1, 32768), (256, 1024), (8, 8192)):
         taken, moved = attention(batch, length, device)
         share = moved / taken / bandwidth
@@ -231,51 +239,79 @@ def measure_kernels(device, tiny: bool) -> None:
         print(f"  int8 cache: {low * 1e6:,.1f} us, {100 * share:.0f} % of the bandwidth, {taken / low:.2f} times as fast")
     for rows in (1, 8):
         for inputs, outputs in ((128, 48),) if tiny else ((4096, 6144), (4096, 28672), (14336, 4096)):
-            taken = products(device, inputs, outputs, rows, copies=1 if tiny else 6)
+            taken = products(device, inputs, outputs, rows)
             print(f"product {rows} x {inputs:,} x {outputs:,}: bf16 {taken['bf16'] * 1e6:,.1f} us, " + ", ".join(
                 f"{low} {taken['bf16'] / taken[low]:.2f} times as fast" for low in ("int8", "int4")))
     for what, taken in sampling(device, *(4, 100) if tiny else (256, 152_000)).items():
         print(f"sample, {what}: {taken * 1e6:,.0f} us")
+    for batch, length in ((2, 40),) if tiny else ((8, 4096), (1, 32768), (64, 512)):
+        flops = 4 * 32 * 128 * batch * length * (length + 1) / 2
+        print(f"prompt attention, {batch} x {length:,}: " + ", ".join(
+            f"{name} {flops / taken / 1e12:,.0f} TFLOP/s ({100 * flops / taken / rate:.0f} % of the product's)"
+            for name, taken in prompts(batch, length, device).items()))
 
 
 def measure_engine(device, tiny: bool) -> None:
-    """Whole steps, and what bench and the report on speculation say."""
+    """What bench and the report on speculation say, and whole steps."""
+    if tiny:
+        command("nanoserve.py", "bench", "--shape", "qwen3-small", "--requests", "1", "--input-len", "4",
+                "--output-len", "2", "--runs", "1")
+    else:
+        command("nanoserve.py", "bench", "--shape", "qwen3-0.6b", "--nano-vllm")
+        for low in ([], ["--quantize", "int8"], ["--quantize", "int4"]):
+            command("nanoserve.py", "bench", "--shape", "llama-3.1-8b", "--requests", "1", "--input-len", "128",
+                    "--output-len", "256", "--max-model-len", "8192", *low)
+        command("nanoserve.py", "bench", "--shape", "llama-3.1-8b", "--requests", "8", "--input-len", "4096",
+                "--output-len", "1", "--max-model-len", "8192")
+        command("nanoserve.py", "bench", "--shape", "qwen3-0.6b", "--nano-vllm", "--kv-dtype", "int8")
+        command("tests/speculation_report.py", "time", "--shape", "llama-3.1-8b", "--runs", "3")
     for overlap in (True, False):
         shape, requests, steps = ("qwen3-small", 2, 2) if tiny else ("qwen3-0.6b", 256, 50)
         idle, taken = idle_share(device, shape, requests, overlap, steps)
         print(f"decode, {shape} x {requests}, {'' if overlap else 'no '}overlap of steps: {taken * 1e3:.2f} ms a step, "
               f"idle {100 * idle:.1f} % of it")
-    if tiny:
-        return command("nanoserve.py", "bench", "--shape", "qwen3-small", "--requests", "1", "--input-len", "4",
-                       "--output-len", "2", "--runs", "1")
-    command("nanoserve.py", "bench", "--shape", "qwen3-0.6b", "--nano-vllm", "--compare", "transformers")
-    command("nanoserve.py", "bench", "--shape", "qwen3-0.6b", "--nano-vllm", "--kv-dtype", "int8")
-    for low in ([], ["--quantize", "int8"], ["--quantize", "int4"]):
-        command("nanoserve.py", "bench", "--shape", "llama-3.1-8b", "--requests", "1", "--input-len", "128",
-                "--output-len", "256", "--max-model-len", "8192", *low)
-    command("tests/speculation_report.py", "time", "--shape", "llama-3.1-8b", "--runs", "3")
-    command("nanoserve.py", "bench", "--shape", "llama-3.1-8b", "--requests", "8", "--input-len", "4096",
-            "--output-len", "1", "--max-model-len", "8192")
+
+
+def measure_start(device, tiny: bool) -> None:
+    """From a process's start to its first token."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_random(Path(folder), nanoserve.SHAPES["qwen3-small" if tiny else "llama-3.1-8b"], device)
+        times = start_to_first_token(Path(folder), 1 if tiny else 3)
+    print(f"from start to first token: {statistics.median(times):.1f} s ({', '.join(f'{t:.1f}' for t in times)})")
+
+
+def run_tests(device, tiny: bool) -> None:
+    """Those that need a GPU."""
+    if not tiny:
+        command("-m", "pytest", "-m", "gpu", most=540)
+
+
+def compare(device, tiny: bool) -> None:
+    """Beside transformers, which takes minutes."""
+    if not tiny:
+        command("nanoserve.py", "bench", "--shape", "qwen3-0.6b", "--nano-vllm", "--compare", "transformers", "--runs", "1",
+                most=540)
+
+
+PARTS = {"tests": run_tests, "kernels": measure_kernels, "engine": measure_engine, "start": measure_start, "peer": compare}
 
 
 def main(tiny: bool, parts: list[str]) -> None:
     """Print everything."""
+    if len(parts) > 1 and not tiny:
+        for part in parts:
+            command("tests/gpu_report.py", part, most=None)
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    except OSError:
+        commit = ""
     print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, commit {commit.strip() or 'unknown'}"
           + (", TINY: these figures mean nothing" if tiny else ""))
-    if "tests" in parts and not tiny:
-        command("-m", "pytest", "-m", "gpu")
-    if "kernels" in parts:
-        measure_kernels(device, tiny)
-    if "engine" in parts:
-        measure_engine(device, tiny)
-    if "start" in parts:
-        with tempfile.TemporaryDirectory() as folder:
-            save_random(Path(folder), nanoserve.SHAPES["qwen3-small" if tiny else "llama-3.1-8b"], device)
-            times = start_to_first_token(Path(folder), 1 if tiny else 3)
-        print(f"from start to first token: {statistics.median(times):.1f} s ({', '.join(f'{t:.1f}' for t in times)})")
+    for part in parts:
+        PARTS[part](device, tiny)
 
 
 if __name__ == "__main__":
@@ -285,4 +321,5 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"there is no {', '.join(sorted(unknown))}")
-    main(args.tiny, args.parts or PARTS)
+    sys.stdout.reconfigure(line_buffering=True)  # whoever is stopped in the middle has shown what there was
+    main(args.tiny, args.parts or list(PARTS))

@@ -9,6 +9,9 @@ from pathlib import Path
 import check
 import index
 import pytest
+import simulator
+
+from nanoserve import LLM, workload
 
 ROOT = Path(__file__).parents[1]
 WRITTEN = {number: fields for number, fields in index.chapters().items() if fields}
@@ -36,6 +39,16 @@ def test_the_chapter_runs(number):
     for i, (now, then) in enumerate(zip(counted(run.stdout), expected, strict=True)):
         is_close = isinstance(now, float) and isinstance(then, float) and abs(now - then) <= 0.02 * abs(then)
         assert now == then or is_close, f"after {expected[max(0, i - 20) : i]}"
+
+
+def test_the_engine_beside_the_simulator_plans_alike_where_steps_would_overlap():
+    """As they do on a GPU unless told otherwise; the chapters hold its plans against the simulator's."""
+    plans = []
+    for overlap in (False, True):
+        llm = LLM(kv_memory=1 << 24, max_batch_tokens=16, max_batch_requests=2, overlap=overlap)
+        simulator.serve(server := simulator.Engine(llm), workload("chat", 4, scale=60))
+        plans.append(server.plans)
+    assert plans[0] == plans[1] and len(plans[0]) > 4
 
 
 @each

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import types
@@ -289,7 +290,10 @@ def test_padded_batches_get_the_same_tokens(kv_dtype, overlap, monkeypatch):
 def test_graphs_on_and_off_agree(kv_dtype):
     (tokens, llm), (eager, other) = (come_and_go("cuda", graphs=on, overlap=on, kv_dtype=kv_dtype) for on in (True, False))
     assert llm.graphs and not other.graphs
-    assert tokens == eager == come_and_go("cpu", kv_dtype=kv_dtype)[0]
+    # On the edge between two codes of an int8 cache the last bit of a float32 moves a key or a value by a hundredth: weights
+    # that differ by 2e-7 change the tokens of one of the 40 requests every other time.
+    for others in eager, come_and_go("cpu", kv_dtype=kv_dtype)[0]:
+        assert sum(a != b for a, b in zip(tokens, others)) <= (2 if kv_dtype == "int8" else 0)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
@@ -315,6 +319,83 @@ def test_overlap_on_and_off_agree(device):
                 for request in requests]
 
     assert run(overlap=True) == run(overlap=False)
+
+
+def no_vowels(tokens, logits):
+    logits[1:300:5] = -torch.inf
+    return logits
+
+
+FEATURES = {  # what LLM and what the requests are given
+    "swap": ({"kv_memory": 6 * 16 * 4096, "swap_memory": 1 << 22, "max_batch_tokens": 24}, {}),
+    "draft model": ({"draft": "default"}, {"top_k": 3}), "n-grams": ({"draft": "ngram"}, {"temperature": 0}),
+    "beams": ({}, {"beam_search": True, "n": 3, "temperature": 0}), "samples": ({}, {"n": 3, "top_k": 3}),
+    "edits": ({}, {"presence_penalty": 0.5, "repetition_penalty": 1.2, "logit_bias": {7: 2.0}, "min_tokens": 5, "top_k": 3}),
+    "a user's processor": ({}, {"logits_processor": no_vowels, "top_p": 0.7}),
+    "log-probabilities": ({}, {"logprobs": 3, "prompt_logprobs": 2, "top_k": 3}),
+}
+
+
+def use(feature, device):
+    """Outputs of a few requests that use it, some beside others that do not; and the engine."""
+    options, wanted = FEATURES[feature]
+    llm = LLM(device=device, dtype="float32", **{"kv_memory": 1 << 25, "max_batch_requests": 9, **options})
+    llm.scheduler.prefers_swap = lambda tokens, blocks: bool(llm.pool.num_host_slots)
+    params = [SamplingParams(**{"max_tokens": 20, "ignore_eos": True, "seed": i, **(wanted if i % 3 else {"top_k": 3})})
+              for i in range(6)]
+    outputs = llm.generate(["Once upon a time there was a fox. " * (i + 1) for i in range(6)], params)
+    assert llm.stats()["blocks_used"] == 0
+    return outputs, llm
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def test_features_do_the_same_on_a_gpu(feature, device):
+    (outputs, llm), (expected, _) = use(feature, device), use(feature, "cpu")
+    assert [out.token_ids for out in outputs] == [out.token_ids for out in expected]
+    for name in ("cumulative_logprob", "logprobs", "prompt_logprobs"):
+        for a, b in ((getattr(out, name) for out in pair) for pair in zip(outputs, expected)):
+            for x, y in zip(*([value] if isinstance(value, float) else value or [] for value in (a, b)), strict=True):
+                assert x == pytest.approx(y, abs=1e-3)
+    stats = llm.stats()
+    assert all(stats[name] > 0 for name in ("blocks_swapped_out", "blocks_swapped_in") if feature == "swap")
+    assert all(stats[name] > 0 for name in ("drafted", "accepted") if llm.drafter)
+    assert device == "cpu" or llm.graphs and (feature != "draft model" or llm.drafter.graphs)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("T", [1, 19, 700])
+def test_experts_are_one_product_that_can_be_captured(T):
+    """Against one expert after the other. Most of the 16 are chosen by nobody where there is one token."""
+    g, K = torch.Generator("cuda").manual_seed(T), 2
+    gate_up, down = (torch.randn(16, *size, generator=g, device="cuda", dtype=BF16) / 16 for size in ((192, 256), (256, 96)))
+    assert kernels.can_group(gate_up[0]) and kernels.can_group(down[0])
+    x = torch.randn(T, 256, generator=g, device="cuda", dtype=BF16)
+    weights, experts = torch.randn(T, 16, generator=g, device="cuda").softmax(-1).topk(K)
+    expected = kernels.mixture_of_experts(x, experts, weights, list(gate_up), list(down))
+    out = kernels.mixture_of_experts(x, experts, weights, gate_up, down)
+    torch.testing.assert_close(out, expected, rtol=5e-2, atol=5e-2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernels.mixture_of_experts(x, experts, weights, gate_up, down)
+    x.copy_(x.flip(0).clone())
+    experts.copy_((experts + 5) % 16)
+    graph.replay()
+    expected = kernels.mixture_of_experts(x, experts, weights, list(gate_up), list(down))
+    torch.testing.assert_close(out, expected, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_mixture_is_captured():
+    model = GPT(ModelConfig.from_dict(SHAPES["qwen3-small"] | {
+        "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96,
+        "norm_topk_prob": True}), BF16, "cuda").randomize(0)
+    llm = LLM(model, max_batch_requests=20, kv_memory=1 << 26)
+    assert llm.graphs and isinstance(model.layers[0].gate_up, torch.Tensor)
+    outputs = llm.generate([[1, 5 + i] for i in range(20)], SamplingParams(max_tokens=4, ignore_eos=True))
+    assert all(len(out.token_ids) == 4 for out in outputs)
 
 
 @pytest.mark.gpu
@@ -703,36 +784,56 @@ def test_nvrtc_compiles_every_kernel(arch, element, nvrtc, monkeypatch, tmp_path
         kernels.nvrtc_compile(kernels.CUDA["prelude"] + "nonsense;", arch)
 
 
-def assembler_log(tmp_path, arch, source):
-    (path := tmp_path / "kernel.cu").write_text(source)
-    command = ["nvcc", f"-arch={arch}", "-cubin", "-Xptxas", "-v", "-o", str(tmp_path / "kernel.cubin"), str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+def resources(code: bytes) -> tuple[int, int]:
+    """(registers of a thread, bytes of its stack), the most that a function in this machine code needs. They are in the ELF
+    file's section .nv.info, in entries of 12 bytes: four that say what it is (0x2f and 0x11), the function, the value.
+    """
+    table, (size, count, names) = struct.unpack_from("<Q", code, 0x28)[0], struct.unpack_from("<3H", code, 0x3A)
+    sections = [struct.unpack_from("<2I4Q", code, table + i * size) for i in range(count)]
+    info = next(code[start : start + length] for name, *_, start, length in sections
+                if code.startswith(b".nv.info\0", sections[names][4] + name))
+    return tuple(max(int.from_bytes(value, "little") for value in re.findall(entry, info, re.DOTALL))
+                 for entry in (rb"\x04\x2f\x08\0.{4}(.{4})", rb"\x04\x11\x08\0.{4}(.{4})"))
 
 
-needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc here")
-NO_SPILLS = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+@pytest.fixture(params=["nvcc", "nvrtc"])
+def machine_code(request, tmp_path, monkeypatch):
+    """What makes a kernel's source into code for an architecture. NVRTC is what the engine uses, and nvcc unrolls more."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if request.param == "nvrtc":
+        request.getfixturevalue("nvrtc")
+        return kernels.nvrtc_compile
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc here")
+
+    def compile(source, arch):
+        (path := tmp_path / "kernel.cu").write_text(source)
+        subprocess.run(["nvcc", f"-arch={arch}", "-cubin", "-o", tmp_path / "kernel.cubin", path], check=True)
+        return (tmp_path / "kernel.cubin").read_bytes()
+
+    return compile
 
 
-@needs_nvcc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_decode_kernels_do_not_spill(arch, tmp_path):
-    """Arrays that leave the registers go to memory, and memory is what decoding waits for."""
-    for D, int8 in itertools.product(HEAD_SIZES, (0, 1)):
-        log = assembler_log(tmp_path, arch, kernels.cuda_source("paged_attention", "bf16", D=D, R=8, DECODE=1, INT8=int8))
-        assert log.count(NO_SPILLS) == 2 == log.count("spill stores"), (D, int8, log)
+def test_the_sums_of_short_queries_stay_in_registers(arch, machine_code):
+    """Arrays that leave them go to memory, and memory is what decoding waits for."""
+    for D, int8, R in itertools.product(HEAD_SIZES, (0, 1), (8, 16)):
+        if D <= 128 or R == 8:
+            constants = {"D": D, "R": R, "DECODE": int(R == 8), "INT8": int8}
+            code = machine_code(kernels.cuda_source("paged_attention", "bf16", **constants), arch)
+            assert resources(code)[1] == 0, constants
 
 
-@needs_nvcc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_two_blocks_of_tiled_attention_fit_on_a_multiprocessor(arch, tmp_path):
-    """It uses nearly all registers of a thread, for sums that must not leave them; and no more shared memory than half
-    of an H100's, nor than what the smallest of the GPUs since sm_80 gives a block."""
+def test_two_blocks_of_tiled_attention_fit_on_a_multiprocessor(arch, machine_code):
+    """It uses nearly all registers of a thread, for sums that must not leave them (another number may, once every 64 keys);
+    and no more shared memory than half of an H100's, nor than what the smallest of the GPUs since sm_80 gives a block.
+    """
     for constants in TILED:
-        log = assembler_log(tmp_path, arch, kernels.cuda_source("tiled_attention", "bf16", **constants))
-        registers = re.findall(r"Used (\d+) registers", log)
-        assert log.count(NO_SPILLS) == 1 == len(registers), (constants, log)
-        warp = -(-int(registers[0]) * 32 // 256) * 256  # a warp's registers are allocated by 256
-        assert 2 * 4 * warp <= 65536 and "smem" not in log and constants["SHARED"] <= 99 << 10
+        registers, stack = resources(machine_code(kernels.cuda_source("tiled_attention", "bf16", **constants), arch))
+        warp = -(-registers * 32 // 256) * 256  # a warp's registers are allocated by 256
+        assert stack <= 8 and 2 * 4 * warp <= 65536, (constants, registers, stack)
+        assert constants["SHARED"] <= 99 << 10
 
 
 def test_the_report_for_gpus_runs():

@@ -977,3 +977,17 @@ def test_a_step_without_memory_names_the_knobs(monkeypatch):
     monkeypatch.setattr(llm.model, "forward", fail)
     with pytest.raises(ValueError, match="max_batch_tokens: there is no memory for a step of 64 tokens of 16 requests"):
         llm._compute_the_largest_step(torch.float64, 4, 64, 16)
+
+
+def test_graphs_without_memory_name_the_knobs(monkeypatch):
+    """The cache's share of the memory may leave too little for what they need."""
+    def graphs(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    llm = LLM(toy(), kv_memory=1 << 20)
+    monkeypatch.setattr(llm, "device", torch.device("cuda"))
+    monkeypatch.setattr(kernels, "compiled", lambda *_: (None, True))
+    monkeypatch.setattr(nanoserve, "DecodeGraphs", graphs)
+    monkeypatch.setattr(llm.model.config, "head_dim", 16)
+    with pytest.raises(ValueError, match="kv_memory: leaves no memory to the decode graphs; lower it, or max_"):
+        llm._capture(llm.model, llm.cache, 4)

@@ -537,6 +537,17 @@ def test_what_can_not_be_packed_is_left_alone():
     assert kernels.pack_weight(half) is half
 
 
+@pytest.mark.parametrize("capability, can", [((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)])
+def test_experts_are_stacked_where_torch_multiplies_them_without_waiting(capability, can, monkeypatch):
+    """Elsewhere its grouped product reads on the host where each expert's rows end, and no graph could be captured."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    weight = torch.empty(16, 24, dtype=BF16)
+    assert not kernels.can_group(weight), "on the CPU"
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda:0"))
+    assert kernels.can_group(weight) == can
+    assert not kernels.can_group(weight[:, :20]) and not kernels.can_group(weight.half())
+
+
 @pytest.mark.parametrize("dtype, stacked", [(F64, False), (F32, False), (BF16, False), (F32, True), (BF16, True)], ids=str)
 def test_mixture_of_experts(dtype, stacked):
     """Against every token on its own. Expert 4 is chosen by nobody, and its weights are NaN."""

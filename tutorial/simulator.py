@@ -86,6 +86,7 @@ class Engine:
 
     def __init__(self, llm: LLM, weights=None):
         self.llm, self.weights, self.scheduler, self.now, self.plans, self.seconds = llm, weights, llm.scheduler, 0.0, [], []
+        llm.overlap = False  # on a GPU it is on, but the simulator plans a step only when it knows the last one's tokens
 
     def add(self, ids, job):
         return self.llm.add_request(ids, SamplingParams(temperature=0, max_tokens=job.output, ignore_eos=True))
