@@ -1,8 +1,8 @@
-"""The maths: every operation of a serving step as plain PyTorch, and where it pays compiled bodies that run faster.
+"""The maths: every operation of a serving step in plain PyTorch and, where it pays, in compiled code that is faster.
 
-Each public function is the definition of an operation: a student can read it, swap it, and get the same tokens. It runs
-on any device. What lies between the matrix products (attention over scattered blocks, norms, rotary positions, sampling)
-also has compiled bodies, called with the tensors' pointers; the tests hold all bodies against each other.
+Each public function defines one operation in PyTorch, which runs on any device: read it, swap it, and get the same tokens.
+Attention over scattered blocks, norms, rotary positions, sampling and products with packed or low-bit weights also have
+compiled bodies, which get the tensors' addresses; the tests compare all bodies with each other.
   * On a CPU with a C++ compiler: C++, in `CPU_SOURCE`, built once in some five seconds. `use_cpp = False` turns it off.
   * On a GPU from sm_80 on: CUDA C++, in `CUDA`, compiled by torch's NVRTC at first use. Without a GPU the same sources run
     on the CPU, slowly: see tutorial/cuda_on_cpu.py.
@@ -11,7 +11,7 @@ Shapes, everywhere the same:
     T tokens of the flat, ragged batch      B requests in it          S rows that are sampled      V vocabulary
     Hq query heads, Hkv key/value heads (Hq a multiple of Hkv), D head_dim, M blocks per row of a block table
     q [T, Hq, D]     k_cache, v_cache [num_blocks, block_size, Hkv, D]     block_tables [B, M] int32
-    scales: None, or of an int8 cache what k and v are multiplied by, a pair of [num_blocks, Hkv, block_size] bfloat16
+    scales: of an int8 cache, the factors of k and v, each [num_blocks, Hkv, block_size] bfloat16; otherwise None
     context_lens [B] int32: tokens of each request in the cache once this step has written its own
     query_start [B+1] int32: request b owns rows query_start[b] .. query_start[b+1]-1 of the flat batch
 
@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 
 use_cpp = True  # False: no C++ bodies on the CPU
-use_tiles = True  # False: attention on a GPU is one kernel, that for few queries, whatever their number
+use_tiles = True  # False: on a GPU, long prompts too go through the attention kernel for few queries
 cuda_on_cpu = None  # tutorial/cuda_on_cpu.py sets this, and the CUDA bodies then run on the CPU's tensors
 
 
@@ -54,9 +54,9 @@ cuda_on_cpu = None  # tutorial/cuda_on_cpu.py sets this, and the CUDA bodies the
 class LowBitWeight:
     """A weight [out, in] in 8 or 4 bits: code * scale, one scale for every `group` neighbouring inputs of an output.
 
-    codes: int8 [out, in], or for 4 bits int32 [out, in / 8], a word holding code + 8 of inputs 2i and 2i + 1 of its eight
-    in bits 4i and 4i + 16: a shift and a mask then leave two neighbours where a GPU wants a pair. scales: bfloat16
-    [out, in / group]. Survey A III.C · B 3.2.1 · C KV Cache Optimization: Compression Techniques.
+    codes: int8 [out, in], or for 4 bits int32 [out, in / 8]. Such a word has code + 8 of eight inputs, 2i and 2i + 1 of them
+    from bits 4i and 4i + 16 on: a shift and a mask leave two neighbours in its two halves, as a GPU multiplies them.
+    scales: bfloat16 [out, in / group]. Survey A III.C · B 3.2.1 · C KV Cache Optimization: Compression Techniques.
     """
 
     codes: torch.Tensor
@@ -92,19 +92,19 @@ def quantize(weight: torch.Tensor, bits: int, group: int | None = None) -> LowBi
         raise ValueError(f"quantize: {bits} bits in groups of {group} do not fit a weight with {weight.shape[1]} inputs "
                          f"(8 bits: any divisor; 4 bits: a divisor that is a multiple of 32)")
     parts = []
-    for rows in weight.split(1024):  # so that what it takes meanwhile stays small
-        codes, scales = _round(rows.view(len(rows), -1, group), 2 ** (bits - 1) - 1)
+    for rows in weight.split(1024):  # in parts: the temporaries are wider than the weight
+        codes, scales = _to_codes(rows.view(len(rows), -1, group), 2 ** (bits - 1) - 1)
         if bits == 4:
             codes = ((codes.long() + 8).view(len(rows), -1, 8) << _shifts(codes)).sum(-1).to(torch.int32)
         parts.append((codes.flatten(1), scales))
     return LowBitWeight(*(torch.cat(tensors) for tensors in zip(*parts)))
 
 
-def _round(x, most) -> tuple[torch.Tensor, torch.Tensor]:
+def _to_codes(x, most) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes from -most to most, int8 [..., n], and their scales, bfloat16 [...]: x is about codes * scales."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    # The scale is rounded first, so that its rounding costs nothing: codes are relative to what will be multiplied by. That
-    # moves the largest entry from 127 to 127.25 at most: still 127.
+    # The scale is rounded before it divides, so the codes suit the scale that they will be multiplied by, and its rounding
+    # costs nothing. The largest entry moves from 127 to 127.25 at most: still 127.
     scales = (wide.abs().amax(-1) / most).clamp(min=1e-30).bfloat16()
     return (wide / scales.to(wide.dtype)[..., None]).round().to(torch.int8), scales
 
@@ -115,16 +115,16 @@ def _shifts(codes):
     return i // 2 * 4 + i % 2 * 16
 
 
-SIGNS = -0x77777778  # the highest of each four bits of an int32: flipping these turns code + 8 into the code, and back
+SIGNS = -0x77777778  # 0x88888888 as an int32: flipping the top bit of each four turns code + 8 into the code, and back
 
 
 @dataclass
 class PanelWeight:
-    """A weight in panels of 32 outputs, for the CPU: words [out / 32, words of an output, 32], filled up with zeros.
+    """A weight in panels of 32 outputs, for the CPU: words [out / 32, words of an output, 32], padded with zeros.
 
     A panel is read from front to end, 32 products for each input, while memory already brings the next piece of it. A
-    word is a float32, an int32 of two bfloat16, an int16 of two 8-bit codes, or an int32 of eight 4-bit codes: themselves,
-    in two's complement, where LowBitWeight has code + 8. scales: float32 [out / 32, groups, 32] for codes.
+    word is a float32, an int32 of two bfloat16, an int16 of two 8-bit codes, or an int32 of eight 4-bit codes (in two's
+    complement, where LowBitWeight has code + 8). scales: float32 [out / 32, groups, 32] for codes.
     """
 
     words: torch.Tensor
@@ -144,7 +144,7 @@ class PanelWeight:
             words = words.view(torch.int16 if bits == 8 else torch.int32).view(weight.shape[0], -1)
         return cls(to_panels(words), to_panels(weight.scales.float()) if low else None, bits, tuple(weight.shape))
 
-    def plain(self) -> torch.Tensor | LowBitWeight:
+    def unpack(self) -> torch.Tensor | LowBitWeight:
         """What was packed."""
         words = from_panels(self.words, self.shape[0])
         if self.bits == 4:
@@ -170,25 +170,25 @@ def from_panels(panels: torch.Tensor, outputs: int) -> torch.Tensor:
 
 def pack_weight(weight: torch.Tensor | LowBitWeight, dtype: torch.dtype | None = None
                 ) -> torch.Tensor | PanelWeight | LowBitWeight:
-    """Reorder a [out, in] weight, once, into the layout that it is multiplied from; unchanged where there is none.
+    """Reorder a weight [out, in], once, into the layout that `linear` is fastest with; as it is where there is none.
 
-    dtype: that of what it will be multiplied with, by default its own (of codes float32). On a CPU with a C++ compiler:
-    panels, for codes of 8 or 4 bits and, with AVX-512, for float32 and bfloat16 (but where there is AMX, which oneDNN uses).
-    Else oneDNN's blocked layout; F.linear would do that reordering inside every call.
+    dtype: that of the inputs, by default the weight's own (for codes float32). On a CPU with a C++ compiler: panels, for
+    codes of 8 or 4 bits and, with AVX-512, for float32 and bfloat16 (not bfloat16 where oneDNN has AMX for it). Else
+    oneDNN's blocked layout; F.linear would do that reordering inside every call.
     """
     if isinstance(weight, LowBitWeight):
         cpp, _ = compiled(torch.empty(0, dtype=dtype or torch.float32, device=weight.codes.device))
-        group = weight.shape[1] // weight.scales.shape[1]
+        group = weight.shape[1] // weight.scales.shape[1]  # no word may lie in two groups
         return PanelWeight.pack(weight) if cpp and (group % 2 == 0 or group == weight.shape[1]) else weight
     if (weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16)
             or dtype not in (None, weight.dtype)):
         return weight
     cpp, _ = compiled(weight)
     if weight.dtype == torch.float32:
-        fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        fast = cpp and torch.backends.cpu.get_cpu_capability() == "AVX512"
     else:
         fast = cpp and hasattr(cpp.library, "multiplies_pairs") and not torch.cpu._is_amx_tile_supported()
-    if cpp and fast:
+    if fast:
         return PanelWeight.pack(weight)
     if (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
             and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())):
@@ -208,7 +208,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor | PanelWeight | LowBitWeight, b
             sizes = len(x), outputs, inputs, groups, weight.bits
             cpp("panel_linear", x, weight.words, weight.scales, bias, out, *sizes, gelu)
             return out
-        weight = weight.plain()
+        weight = weight.unpack()  # C++ was turned off, or has no body for x's dtype
         weight = weight.to(x.dtype) if isinstance(weight, torch.Tensor) else weight
     if isinstance(weight, LowBitWeight):
         y = _low_bit_linear(x, weight)
@@ -234,10 +234,10 @@ def _low_bit_linear(x, weight):
 
 
 def mixture_of_experts(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up, down) -> torch.Tensor:
-    """Send every token through its K experts and add up what they say.
+    """Send every token through its K experts and add up their outputs, weighted.
 
     x [T, H], experts [T, K] int64 and float32 weights [T, K] from the router. gate_up [E, 2I, H] and down [E, H, I]: one
-    product over all experts, without the host ever learning who chose whom; or lists of what `linear` multiplies with:
+    grouped product over all experts, and the host need not know which token chose which; or lists of weights for `linear`:
     each expert that was chosen runs once, over all its tokens. Returns [T, H]. Survey B 3.1.2 · C MoE. (arXiv:2101.03961)
     """
     if isinstance(gate_up, torch.Tensor):
@@ -257,7 +257,7 @@ def mixture_of_experts(x: torch.Tensor, experts: torch.Tensor, weights: torch.Te
 
 def can_group(weight: torch.Tensor | PanelWeight | LowBitWeight) -> bool:
     """Whether `mixture_of_experts` takes weights like this one stacked: bfloat16 in rows of whole 16 bytes, on a GPU for
-    which torch has a kernel (sm_90, sm_100). On others its product asks the device for `offs`: no graph can capture that.
+    which torch has a kernel (sm_90, sm_100). On others torch copies `offs` to the host, which no graph can capture.
     """
     return (isinstance(weight, torch.Tensor) and weight.device.type == "cuda" and weight.dtype == torch.bfloat16
             and not any(size % 8 for size in weight.shape) and torch.cuda.get_device_capability(weight.device)[0] in (9, 10))
@@ -283,7 +283,7 @@ def add_norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, 
         if cpp:
             cpp("add_norm", x, delta, weight, bias, out, total, rows, cols, eps)
         else:
-            N = per_load(cols, x, delta, weight, bias)
+            N = vector_width(cols, x, delta, weight, bias)
             cuda("add_norm", (rows,), threads(cols // N), x, delta, weight, bias, out, total, cols, float(eps), N=N)
         return out, total
     x = x if delta is None else x + delta
@@ -310,7 +310,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         if cpp:
             cpp("silu_mul", gate_up, out, rows, cols)
         else:
-            N = per_load(cols, gate_up, out)
+            N = vector_width(cols, gate_up, out)
             block = min(256, threads(cols // N))
             cuda("silu_mul", (rows, -(-cols // (N * block))), block, gate_up, out, cols, N=N)
         return out
@@ -329,16 +329,16 @@ def rope_frequencies(rope: dict, head_dim: int) -> tuple[torch.Tensor, float]:
     inv = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     if kind == "default":
         return inv, 1.0
-    factor, keep, scale = rope.get("factor"), 0.0, 1.0  # keep: how much of an angle stays as it is
+    factor, keep, scale = rope.get("factor"), 0.0, 1.0  # keep: the share of an angle that is not stretched
     if kind == "llama3":
-        # Wavelengths that fit the old context often are kept, those longer than it are stretched, between them a ramp.
+        # Angles that make many turns over the original context are kept, slow ones are stretched, with a ramp between.
         turns = rope["original_max_position_embeddings"] * inv / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
     elif kind == "yarn":
         original = rope["original_max_position_embeddings"]
 
-        def dimension(turns):  # the pair that makes so many turns over the original context
+        def dimension(turns):  # index of the pair that makes so many turns over the original context
             return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
         low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
@@ -424,13 +424,13 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: t
 
 
 def quantize_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round each token's keys or values x [T, Hkv, D], head by head, to 255 evenly spaced ones around 0.
+    """Round each token's keys or values x [T, Hkv, D], head by head, to 255 evenly spaced values around 0.
 
-    Returns codes int8 [T, Hkv, D] and scales bfloat16 [T, Hkv]; x is about codes * scales. A row's scale looks at that
-    row alone, so what a token leaves in the cache does not depend on when, or beside whom, it is computed.
+    Returns codes int8 [T, Hkv, D] and scales bfloat16 [T, Hkv]; x is about codes * scales. A scale depends on its own
+    row only, so what a token leaves in the cache does not depend on when, or beside whom, it is computed.
     Survey A III.C · B 3.2.1 · C KV Cache Optimization: Compression Techniques. (arXiv:2402.02750 for other groupings)
     """
-    return _round(x, 127)
+    return _to_codes(x, 127)
 
 
 def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
@@ -442,8 +442,8 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
     sees the keys up to there; with a `window` only the last `window` of them, itself included. Query head h reads
     key/value head h // (Hq // Hkv). Softmax in at least float32. Survey A III.A · B 3.2.3, 3.2.5. (arXiv:2309.06180)
 
-    An int8 cache is never widened in memory: all of a key has one scale, so its score is multiplied by that instead, and
-    the probability by the scale of the value that it weighs.
+    An int8 cache needs no dequantized copy: a key has one scale, so its score is multiplied by that instead, and the
+    probability by the scale of the value that it weighs.
     """
     T, num_heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
@@ -482,35 +482,35 @@ def _paged_attention_cuda(cuda, q, k_cache, v_cache, k_scales, v_scales, block_t
                           window):
     (T, heads, head_dim), (B, M), (block_size, kv_heads) = q.shape, block_tables.shape, k_cache.shape[1:3]
     group, out = heads // kv_heads, q.new_empty(T, heads, head_dim)
-    # Requests with more queries than one tile of `tiled_attention` holds are left to that. With fewer, one block for each kv
-    # head would go through all keys, where splits keep the whole GPU busy. Who has how many only the device knows, so both
-    # kernels look, and skip whom the other takes; from shapes alone follows how many queries a request has at most.
-    most, rows = T - B + 1, 128 if head_dim <= 128 else 64
+    # `tiled_attention` takes the requests with more queries than one of its tiles holds. For the others, one block per kv
+    # head would go through all keys, so `paged_attention` takes them: it splits the keys and keeps the whole GPU busy. Only
+    # the device knows how many queries a request has, so both kernels look, and skip the other's; shapes give a bound.
+    max_queries, rows = T - B + 1, 128 if head_dim <= 128 else 64
     few = max(1, rows // group)
     int8, caches = int(k_scales is not None), (k_cache, v_cache, k_scales, v_scales)
-    if use_tiles and most > few and q.element_size() == 2 and head_dim <= 256 and scale > 0:
-        tiles = T * group // rows + min(B, (T - B) // few)
+    if use_tiles and max_queries > few and q.element_size() == 2 and head_dim <= 256 and scale > 0:
+        tiles = T * group // rows + min(B, (T - B) // few)  # the kernel's first_tile(B)
         cuda("tiled_attention", (tiles, kv_heads), 128, q, *caches, block_tables, context_lens, query_start, out, B, M,
              block_size, few, heads, kv_heads, q.stride(0), window, float(scale), D=head_dim, ROWS=rows, INT8=int8,
              SHARED=(rows + 2 * 64) * (head_dim + 8) * 2)
         if B == 1:
             return out
-        most = few
-    # More than 8 rows at a time where there are more, and where the registers hold their sums.
+        max_queries = few
+    # Tiles of 16 rows where requests may have more than 8, and where the registers hold their sums.
     R = 16 if (T > B or group > 8) and q.element_size() == 2 and head_dim <= 128 else 8
-    decode = T == B and group <= R
-    tiles = min(T * group // R + B, B * -(-most * group // R))
-    # So many blocks that a last round with few of them does not matter, but no split of fewer than 256 keys, or adding up
-    # would cost more than it gains. From shapes alone, so that a captured graph can be replayed.
+    tiles = min(T * group // R + B, B * -(-max_queries * group // R))  # likewise
+    # So many blocks that a last, half-empty wave of them does not matter, but at least 256 keys to a split, or combining
+    # them would cost more than it gains. From shapes alone, so that a captured graph can be replayed.
     splits = max(1, min(16 * cuda.num_sms // max(1, tiles * kv_heads), M * block_size // 256))
-    sums, stats, slots = None, None, min(T, B * most)
+    sums, stats, sum_tokens = None, None, min(T, B * max_queries)
     if splits > 1:
-        sums, stats = (q.new_empty(splits, slots, heads, n, dtype=torch.float32) for n in (head_dim, 2))
-    constants = {"D": head_dim, "R": R, "DECODE": int(decode), "INT8": int8}
+        sums, stats = (q.new_empty(splits, sum_tokens, heads, n, dtype=torch.float32) for n in (head_dim, 2))
+    constants = {"D": head_dim, "R": R, "DECODE": int(T == B and group <= R), "INT8": int8}
     cuda("paged_attention", (tiles, kv_heads, splits), 128, q, *caches, block_tables, context_lens, query_start, out, sums,
-         stats, B, M, block_size, most, slots, heads, kv_heads, q.stride(0), window, float(scale), **constants)
+         stats, B, M, block_size, max_queries, sum_tokens, heads, kv_heads, q.stride(0), window, float(scale), **constants)
     if splits > 1:
-        cuda("combine_splits", (slots * heads,), 256, sums, stats, query_start, out, B, most, heads, splits, **constants)
+        cuda("combine_splits", (sum_tokens * heads,), 256, sums, stats, query_start, out, B, max_queries, heads, splits,
+             **constants)
     return out
 
 
@@ -545,10 +545,9 @@ def token_probabilities(logits: torch.Tensor, temperature: torch.Tensor, top_k: 
     V = logits.shape[-1]
     # A row is decided by one threshold on its logits. Sorting 150,000 of them to keep forty is a waste, so look at the
     # largest few first, and at more only if some row's top-p reaches further.
-    size = int(torch.where(top_k > 0, top_k, 1).max())
-    needs_order = bool((top_k > 0).any() or (top_p < 1).any())
-    if needs_order:
-        size = min(V, max(size, 256 if (top_p < 1).any() else 1))
+    needs_top_p = bool((top_p < 1).any())
+    if needs_top_p or (top_k > 0).any():
+        size = min(V, max(int(top_k.max()), 256 if needs_top_p else 1))
         largest = logits.topk(size).values  # [S, size], descending
         kth = largest.gather(1, (top_k.clamp(1, size) - 1)[:, None])
         threshold = torch.where(top_k[:, None] > 0, kth, -math.inf)
@@ -563,7 +562,7 @@ def token_probabilities(logits: torch.Tensor, temperature: torch.Tensor, top_k: 
         crossing = (mass < top_p[:, None]).sum(-1, keepdim=True).clamp(max=size - 1)
         threshold = torch.where(top_p[:, None] < 1, torch.maximum(threshold, largest.gather(1, crossing)), threshold)
         logits = logits.masked_fill(logits < threshold, -math.inf)
-    if bool((min_p > 0).any()):
+    if (min_p > 0).any():
         logits = logits.masked_fill(logits < min_p.log()[:, None], -math.inf)
     return logits.softmax(-1)
 
@@ -630,22 +629,22 @@ def compiled(*tensors: torch.Tensor | None, cache: torch.Tensor | None = None
     if all(t is None or t.dtype == dtype for t in tensors):
         if cuda_on_cpu and fits and dtype in _CUDA_ELEMENTS:
             return None, cuda_on_cpu(dtype)
-        if device.type == "cpu" and use_cpp and dtype in _ELEMENTS and (fits or cache.dtype == torch.bfloat16):
+        if device.type == "cpu" and use_cpp and dtype in _CPP_ELEMENTS and (fits or cache.dtype == torch.bfloat16):
             return cpp_library(dtype), None
         if device.type == "cuda" and fits and dtype in _CUDA_ELEMENTS:
             return None, cuda_kernels(device, dtype)
     return None, None
 
 
-def cached(name: str, suffix: str, *depends: str) -> Path:
-    """Where in the user's cache folder a file is kept, under a name made of all that it depends on."""
+def cache_file(name: str, suffix: str, *depends: str) -> Path:
+    """A path in the user's cache folder, with a hash in its name of everything that the file depends on."""
     key = hashlib.sha256("\0".join(depends).encode()).hexdigest()[:16]
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoserve" / f"{name}-{key}{suffix}"
 
 
 @contextlib.contextmanager
 def new_file(target: Path):
-    """A path to write to, which becomes `target` in one move: another process may be writing the same."""
+    """A path to write to, renamed to `target` at the end, in one move: another process may be writing the same file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         yield (path := Path(scratch) / target.name)
@@ -657,7 +656,7 @@ def new_file(target: Path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_ELEMENTS = {torch.float32: "float", torch.bfloat16: "bf16"}
+_CPP_ELEMENTS = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
 class CppLibrary:
@@ -688,11 +687,11 @@ def cpp_compiler() -> str | None:
 
 @functools.cache
 def cpp_library(dtype: torch.dtype) -> CppLibrary | None:
-    """The C++ bodies for one dtype, built when first asked for; None, with one warning, where that fails."""
+    """The C++ bodies for one dtype, built when first asked for; None without a compiler and, warning once, if that fails."""
     if not (compiler := cpp_compiler()):
         return None
     try:
-        return CppLibrary(_build(compiler, _ELEMENTS[dtype]))
+        return CppLibrary(_build_cpu_source(compiler, _CPP_ELEMENTS[dtype]))
     except (OSError, subprocess.SubprocessError) as error:
         log = getattr(error, "stderr", None) or str(error)
         warnings.warn(f"the C++ kernels could not be built, PyTorch runs instead (slower): {log}", stacklevel=2)
@@ -700,9 +699,9 @@ def cpp_library(dtype: torch.dtype) -> CppLibrary | None:
 
 
 def build_library(name: str, compiler: str, flags: list[str], source: str, *depends: str) -> Path:
-    """The library built from a C++ source, unless the user's cache folder has it. depends: what else it is made of."""
+    """The shared library of a C++ source, built unless the cache folder has it. depends: what else it depends on."""
     command = [compiler, *flags, "-shared", "-fPIC", "-x", "c++", "-"]
-    target = cached(name, ".so", source, *command, *depends)
+    target = cache_file(name, ".so", source, *command, *depends)
     if not target.exists():
         with new_file(target) as path:
             subprocess.run([*command, "-o", str(path)], input=source, text=True, check=True, capture_output=True,
@@ -710,10 +709,10 @@ def build_library(name: str, compiler: str, flags: list[str], source: str, *depe
     return target
 
 
-def _build(compiler: str, element: str) -> Path:
+def _build_cpu_source(compiler: str, element: str) -> Path:
     flags = ["-O3", "-std=c++17", "-fno-math-errno", f"-DT={element}"]
     flags += ["-mcpu=native"] if platform.machine().startswith(("arm", "aarch")) else ["-march=native"]
-    # OpenMP shares torch's own threads: two thread pools on the same cores would fight. Apple's compiler has none.
+    # OpenMP shares torch's own threads: two thread pools on the same cores would fight. Apple's compiler lacks OpenMP.
     flags += [] if sys.platform == "darwin" else ["-fopenmp"]
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -742,7 +741,7 @@ CPU_SOURCE = r"""
 static int omp_get_max_threads() { return 1; }
 #endif
 
-// As many floats as a register has. GCC takes longer vectors, too, but does part of the work one number at a time.
+// Floats in a vector register. GCC accepts longer vectors, too, but does part of their work one number at a time.
 #if defined __AVX512F__
 constexpr int W = 16;
 #elif defined __AVX2__
@@ -751,11 +750,11 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 template <class E, int N> struct Vector { typedef E type __attribute__((vector_size(sizeof(E) * N))); };
-template <class E, int N = W> using Of = typename Vector<E, N>::type;
-typedef Of<float> vec;
-typedef Of<int32_t> veci;
-typedef Of<uint32_t> vecu;
-typedef Of<int16_t, 2 * W> short_vec;
+template <class E, int N = W> using Simd = typename Vector<E, N>::type;
+typedef Simd<float> vec;
+typedef Simd<int32_t> veci;
+typedef Simd<uint32_t> vecu;
+typedef Simd<int16_t, 2 * W> short_vec;
 
 struct bf16 { uint16_t bits; };  // the upper half of a float32
 
@@ -771,12 +770,12 @@ static inline void put(bf16* p, float x) {  // round to nearest, ties to even; N
 }
 static inline vec load(const float* p) { vec v; memcpy(&v, p, sizeof v); return v; }
 static inline vec load(const bf16* p) {
-#if defined __AVX512F__  // what follows, in the two instructions that it could be
+#if defined __AVX512F__  // the portable code below in two instructions, which GCC does not find
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 #elif defined __AVX2__
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #endif
-    Of<uint16_t> h; memcpy(&h, p, sizeof h);
+    Simd<uint16_t> h; memcpy(&h, p, sizeof h);
     return (vec)(__builtin_convertvector(h, vecu) << 16);
 }
 static inline vec load(const int8_t* p) {
@@ -785,21 +784,21 @@ static inline vec load(const int8_t* p) {
 #elif defined __AVX2__
     return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #endif
-    Of<int8_t> b; memcpy(&b, p, sizeof b);  // in steps: GCC would convert one at a time
-    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, Of<int16_t>), veci), vec);
+    Simd<int8_t> b; memcpy(&b, p, sizeof b);  // in steps: GCC would convert one at a time
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, Simd<int16_t>), veci), vec);
 }
 static inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
 template <int N = W>
-static inline float sum(Of<float, N> v) {  // in halves: one addition after the other would be many waits
+static inline float sum(Simd<float, N> v) {  // in halves: one after the other, each addition would wait for the last
     if constexpr (N == 4) {
         return (v[0] + v[2]) + (v[1] + v[3]);
     } else {
-        Of<float, N / 2> x[2]; memcpy(x, &v, sizeof v);
+        Simd<float, N / 2> x[2]; memcpy(x, &v, sizeof v);
         return sum<N / 2>(x[0] + x[1]);
     }
 }
 // exp of a float to 2 units in the last place: 2^n times a polynomial on |r| <= ln(2)/2. The compiler vectorizes loops
-// over this, which over the library's exp it may not.
+// over this; over the library's exp it may not.
 static inline float exp_(float x) {
     x = x < -87.f ? -87.f : x > 88.f ? 88.f : x;
     float shifted = x * 1.44269504f + 12582912.f;  // adding 1.5 * 2^23 rounds to an integer in the low bits
@@ -812,7 +811,7 @@ static inline float exp_(float x) {
     return p * scale;
 }
 
-constexpr int64_t BIG = 8192;  // elements from which on waking the other threads pays
+constexpr int64_t BIG = 8192;  // elements; for fewer it does not pay to wake the other threads
 
 // ---- total = x + delta; out = RMSNorm(total) * weight, or LayerNorm where there is a bias. All [rows, cols].
 extern "C" void add_norm(const T* __restrict x, const T* __restrict delta, const T* __restrict weight,
@@ -867,10 +866,9 @@ extern "C" void silu_mul(const T* __restrict gate_up, T* __restrict out, int64_t
     }
 }
 
-// ---- Per token: normalise each head of q and k, rotate it, leave q in place, store k and v into their slot; where there
-// are scales, as int8.
+// Codes of D numbers, and their scale, rounded to bf16 before it divides.
 static void quantize(const float* x, int64_t D, int8_t* codes, bf16* scale) {
-    uint32_t largest = 0;  // floats without a sign sort like their bits, and NaN, which has to show, above all
+    uint32_t largest = 0;  // without signs, floats sort like their bits, and NaN, which has to show, above all
     #pragma omp simd reduction(max : largest)
     for (int64_t d = 0; d < D; d++) {
         uint32_t bits; memcpy(&bits, &x[d], 4);
@@ -887,6 +885,7 @@ static void quantize(const float* x, int64_t D, int8_t* codes, bf16* scale) {
         codes[d] = int8_t(bits);
     }
 }
+// ---- Per token: normalise each head of q and k, rotate it, leave q in place, store k and v in their slot.
 extern "C" void rope_and_write_kv(T* qkv, const int64_t* positions, const int64_t* slots, const float* table,
                                   const T* q_norm, const T* k_norm, void* k_cache, void* v_cache, bf16* k_scales,
                                   bf16* v_scales, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t D,
@@ -948,9 +947,9 @@ extern "C" void rope_and_write_kv(T* qkv, const int64_t* positions, const int64_
 }
 
 // ---- out = x W^T + bias, then GELU if asked. W lies in panels of 32 outputs, [outputs / 32, words, 32]; a word holds one
-// input of an output or several neighbouring ones. A panel is read once, from front to end: a piece of it is multiplied
-// with all rows, a tile of up to 14 rows by 32 outputs at a time (28 sums, of AVX-512's 32 registers), before the next
-// piece is touched, which the tiles meanwhile ask memory for. A row's result does not depend on its neighbours.
+// input of an output or several neighbouring ones. A panel is read once for 56 rows, from front to end: a piece of it is
+// multiplied with all of them, in tiles of up to 14 rows by 32 outputs (whose sums take 28 of AVX-512's 32 registers), which
+// prefetch the next piece meanwhile. A row's result does not depend on its neighbours.
 constexpr int PANEL = 32, COLS = PANEL / W, PIECE = 256, MOST_ROWS = 56;
 #ifdef __AVX512F__
 constexpr int TILE = 14;
@@ -958,8 +957,8 @@ constexpr int TILE = 14;
 constexpr int TILE = 3;  // fewer and smaller registers
 #endif
 
-// What a word holds, how it is multiplied with the inputs of a row, and how these are made ready (in multiples of a unit,
-// which is returned). STEPS: operands in a word.
+// The kinds of words. make_ready turns inputs of a row into what a word is multiplied with, as multiples of a unit that it
+// returns. A word has INPUTS inputs, in STEPS operands; add_product multiplies an operand with one Input of a row.
 template <class E>
 struct Numbers {
     typedef vec Sum;
@@ -967,7 +966,7 @@ struct Numbers {
         #pragma omp simd
         for (int64_t i = 0; i < n; i++) {
             E y; put(&y, to_float(from[i]));
-            memcpy((E*)to + i, &y, sizeof y);  // not as an E: it is read as an Input
+            memcpy((E*)to + i, &y, sizeof y);  // copied, not assigned: it is read as an Input
         }
         return 1;
     }
@@ -978,7 +977,7 @@ struct Floats : Numbers<float> {
     static vec operand(const Word* w, int) { return load(w); }
     static vec add_product(vec sum, Input x, vec w) { return sum + x * w; }
 };
-struct Pairs : Numbers<bf16> {  // two to a word: some CPUs multiply both and add both products in one instruction
+struct Pairs : Numbers<bf16> {  // two to a word: some CPUs multiply and add both in one instruction
     typedef uint32_t Word; typedef uint32_t Input;
     static constexpr int STEPS = 1, INPUTS = 2;
     static vecu operand(const Word* w, int) { vecu u; memcpy(&u, w, sizeof u); return u; }
@@ -990,13 +989,13 @@ struct Pairs : Numbers<bf16> {  // two to a word: some CPUs multiply both and ad
         return sum + (vec)(xs << 16) * (vec)(w << 16) + (vec)(xs & upper) * (vec)(w & upper);
     }
 };
-// Codes are multiplied as integers: x is rounded to 16 bits of the largest in its PIECE, which is to more than bfloat16
-// keeps unless it is below a 128th of that, and 256 products of 7 and 15 bits add up to less than 31.
+// Codes are multiplied as integers. x is rounded to 16 bits, the largest of its PIECE being 32767: finer than bfloat16 for
+// all that is above a 128th of the largest. 256 products of 7 and 15 bits add up to less than 31 bits.
 struct Bytes {
     typedef uint16_t Word; typedef uint32_t Input; typedef veci Sum;
     static constexpr int STEPS = 1, INPUTS = 2;
     static float make_ready(const T* from, void* to, int64_t n) {
-        float largest = 1e-30f, zero = 0;  // zero: NaN if an input is, or is infinite, and then so is the unit
+        float largest = 1e-30f, zero = 0;  // zero: NaN if an input is NaN or infinite, and the unit with it
         #pragma omp simd reduction(max : largest) reduction(+ : zero)
         for (int64_t i = 0; i < n; i++) {
             float y = to_float(from[i]), size = y < 0 ? -y : y;
@@ -1013,10 +1012,10 @@ struct Bytes {
         return largest / 32767 + zero;
     }
     static short_vec operand(const Word* w, int) {
-#ifdef __AVX512BW__  // what follows, in the one instruction that it could be
+#ifdef __AVX512BW__  // the portable code below in one instruction
         return (short_vec)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w));
 #endif
-        Of<int8_t, 2 * W> b; memcpy(&b, w, sizeof b);
+        Simd<int8_t, 2 * W> b; memcpy(&b, w, sizeof b);
         return __builtin_convertvector(b, short_vec);
     }
     static veci add_product(veci sum, Input x, short_vec w) {
@@ -1071,7 +1070,7 @@ template <class K, int... R>
 static constexpr auto tiles_of(std::integer_sequence<int, R...>) {
     return std::array{(decltype(&tile<K, 1>))nullptr, &tile<K, R + 1>...};
 }
-// The same for any number of rows, in tiles of about one size.
+// The same for any number of rows, in tiles of about one size; tiles[R] is `tile` for R rows.
 template <class K>
 static void multiply(int64_t rows, const typename K::Input* x, int64_t x_stride, const typename K::Word* w,
                      int64_t w_stride, int64_t n, const float* scales, const float* row_scales, float* sums,
@@ -1089,7 +1088,7 @@ static void panels_times(const T* x, const void* panels, const float* scales, co
     typedef typename K::Input Input;
     int64_t num_panels = (outputs + PANEL - 1) / PANEL, words = (inputs + K::INPUTS - 1) / K::INPUTS;
     int64_t per_group = words / groups, per_piece = PIECE / K::INPUTS, num_pieces = (words + per_piece - 1) / per_piece;
-    // Not a power of two between rows: they would all fight for the same few places of the cache.
+    // 16 more than needed: rows a power of two apart would all compete for the same few lines of the cache.
     int64_t stride = words * K::STEPS + 16;
     #pragma omp parallel if (outputs * inputs > BIG)
     {
@@ -1097,24 +1096,24 @@ static void panels_times(const T* x, const void* panels, const float* scales, co
         std::vector<Input> ready(std::min<int64_t>(rows, MOST_ROWS) * stride);
         float* sums = scratch.data();
         for (int64_t row = 0; row < rows; row += MOST_ROWS) {
-            int64_t some = std::min<int64_t>(MOST_ROWS, rows - row);
-            for (int64_t r = 0; r < some; r++)
+            int64_t batch = std::min<int64_t>(MOST_ROWS, rows - row);
+            for (int64_t r = 0; r < batch; r++)
                 for (int64_t i = 0; i < num_pieces; i++)
-                    units[i * some + r] = K::make_ready(x + (row + r) * inputs + i * PIECE,
+                    units[i * batch + r] = K::make_ready(x + (row + r) * inputs + i * PIECE,
                                                         ready.data() + r * stride + i * per_piece * K::STEPS,
                                                         std::min<int64_t>(PIECE, inputs - i * PIECE));
             #pragma omp for schedule(static) nowait
             for (int64_t p = 0; p < num_panels; p++) {
-                std::fill(sums, sums + some * PANEL, 0.f);
+                std::fill(sums, sums + batch * PANEL, 0.f);
                 for (int64_t k = 0, n; k < words; k += n) {  // to where a piece or a group ends
                     int64_t piece = k / per_piece, g = k / per_group;
                     n = std::min({(piece + 1) * per_piece, (g + 1) * per_group, words}) - k;
-                    multiply<K>(some, ready.data() + k * K::STEPS, stride,
+                    multiply<K>(batch, ready.data() + k * K::STEPS, stride,
                                 (const typename K::Word*)panels + (p * words + k) * PANEL, PANEL, n,
-                                scales + (p * groups + g) * PANEL, units.data() + piece * some, sums, PANEL);
+                                scales + (p * groups + g) * PANEL, units.data() + piece * batch, sums, PANEL);
                 }
                 int64_t first = p * PANEL, count = std::min<int64_t>(PANEL, outputs - first);
-                for (int64_t r = 0; r < some; r++) {
+                for (int64_t r = 0; r < batch; r++) {
                     T* to = out + (row + r) * outputs + first;
                     float* y = sums + r * PANEL;
                     for (int64_t c = 0; c < count && bias; c++) y[c] += to_float(bias[first + c]);
@@ -1133,12 +1132,12 @@ extern "C" void panel_linear(const T* x, const void* panels, const float* scales
                  : bits == 8 ? panels_times<Bytes> : panels_times<Nibbles>;
     product(x, panels, scales, bias, out, rows, outputs, inputs, groups, gelu);
 }
-#ifdef __AVX512BF16__  // an older compiler does not know it though the CPU does, and is then half as fast as oneDNN
+#ifdef __AVX512BF16__  // tells `pack_weight`: without this instruction oneDNN is twice as fast
 extern "C" void multiplies_pairs() {}
 #endif
 
-// ---- One token per row: where the cumulative probability of what the filters keep passes the noise. All filters come
-// down to a limit on the depth, how far a logit lies below the largest one, after temperature.
+// ---- One token per row: the one where the cumulative probability, of those that the filters keep, passes the noise. Each
+// filter is a limit on the depth: how far a logit lies below the largest one, after temperature.
 static float reach(std::vector<float>& depths, double share) {  // top-p: the depth at which this share is reached
     auto mass = [&](size_t first, size_t last) {
         double sum = 0;
@@ -1177,7 +1176,7 @@ extern "C" void sample(const T* logits, const float* temperature, const int64_t*
                 out[r] = std::find_if(row, row + V, [&](T x) { return to_float(x) == largest; }) - row;
                 continue;
             }
-            float limit = 87.f;  // deeper than that exp_ says what it says at 87, and nothing has a probability
+            float limit = 87.f;  // exp_ goes no lower: what lies deeper gets no probability at all
             #pragma omp simd
             for (int64_t i = 0; i < V; i++) depths[i] = (largest - to_float(row[i])) / temperature[r];
             if (top_k[r] > 0 && top_k[r] < V) {
@@ -1205,10 +1204,10 @@ extern "C" void sample(const T* logits, const float* temperature, const int64_t*
 
 // ---- Attention over the paged cache. The rows of a task are (query, head) pairs. Online softmax (arXiv:1805.02867): m is
 // the largest score of a row so far, l the sum of exp(score - m), acc the values weighted likewise; a larger score
-// rescales both. KEYS positions are looked at in one go. C is what the cache holds: T, bf16, or int8_t with scales.
+// rescales both. KEYS positions are taken at a time. C is what the cache holds: T, bf16, or int8_t with scales.
 constexpr int KEYS = 32;
 constexpr int ROWS = 64;  // rows of one task, at most, unless a single query has more heads
-constexpr int FEW = 8;    // rows that share a key/value head, from which on arithmetic and not memory is the limit
+constexpr int FEW = 8;    // with so many rows to a key/value head arithmetic is the limit, with fewer memory
 
 struct Rows {
     int64_t D, Dp, rows;  // Dp: D rounded up to whole panels
@@ -1244,15 +1243,15 @@ struct Rows {
     }
 };
 
-// Few rows (decoding): memory is the limit, so read it in the order in which it lies. The heads of a token are neighbours;
-// take all of them, token by token. Row h * group + r belongs to the h-th head. FIXED: D if known when compiling, else 0.
+// Few rows (decoding): memory is the limit, so it is read in the order in which it lies: token by token, each with all its
+// heads. The h-th head has rows h * per_head and on. `ahead` is what to prefetch. FIXED: D if known when compiling, else 0.
 template <int FIXED, class C>
-static void scores_few(Rows& t, const C* const* k, const C* const* ahead, int64_t heads, int64_t group) {
+static void scores_few(Rows& t, const C* const* k, const C* const* ahead, int64_t heads, int64_t per_head) {
     const int64_t D = FIXED ? FIXED : t.D, Dp = FIXED ? FIXED : t.Dp;
     for (int j = 0; j < KEYS; j++) {
         for (int64_t d = 0; d < heads * D; d += 64 / sizeof(C)) __builtin_prefetch(ahead[j] + d, 0, 2);
         for (int64_t h = 0; h < heads; h++)
-            for (int64_t r = h * group; r < (h + 1) * group; r++) {
+            for (int64_t r = h * per_head; r < (h + 1) * per_head; r++) {
                 const C* key = k[j] + h * D;
                 const float* query = &t.q[r * Dp];
                 vec a = {};
@@ -1265,13 +1264,13 @@ static void scores_few(Rows& t, const C* const* k, const C* const* ahead, int64_
     }
 }
 template <int FIXED, class C>
-static void values_few(Rows& t, const C* const* v, const C* const* ahead, int64_t heads, int64_t group) {
+static void values_few(Rows& t, const C* const* v, const C* const* ahead, int64_t heads, int64_t per_head) {
     const int64_t D = FIXED ? FIXED : t.D, Dp = FIXED ? FIXED : t.Dp;
     for (int j = 0; j < KEYS; j += 4) {
         for (int i = 0; i < 4; i++)
             for (int64_t d = 0; d < heads * D; d += 64 / sizeof(C)) __builtin_prefetch(ahead[j + i] + d, 0, 2);
         for (int64_t h = 0; h < heads; h++)
-            for (int64_t r = h * group; r < (h + 1) * group; r++) {
+            for (int64_t r = h * per_head; r < (h + 1) * per_head; r++) {
                 const float* p = &t.s[r * KEYS + j];
                 float* acc = &t.acc[r * Dp];
                 int64_t d = 0;
@@ -1309,7 +1308,7 @@ static void attend(const T* q, const void* k_cache, const void* v_cache, const b
                    int64_t M, int64_t block_size, int64_t heads, int64_t kv_heads, int64_t D, int64_t q_stride,
                    int64_t window, float scale) {
     constexpr bool SCALED = std::is_same<C, int8_t>();
-    int64_t group = heads / kv_heads, most = std::max<int64_t>(1, ROWS / group);  // queries of a task
+    int64_t group = heads / kv_heads, max_queries = std::max<int64_t>(1, ROWS / group);  // of a task
     // A task with few rows takes all heads of its request, or as many as leave every thread something to do.
     int64_t together = std::clamp<int64_t>(B * kv_heads / (4 * omp_get_max_threads()), 1, kv_heads);
     auto scores = D == 64 ? scores_few<64, C> : D == 128 ? scores_few<128, C> : scores_few<0, C>;
@@ -1317,13 +1316,13 @@ static void attend(const T* q, const void* k_cache, const void* v_cache, const b
     struct Task { int64_t b, h0, h1, first, last; };  // queries first .. last-1 of request b, key/value heads h0 .. h1-1
     std::vector<Task> tasks;
     for (int64_t b = 0; b < B; b++)
-        for (int64_t i = 0, n = query_start[b + 1] - query_start[b]; i < n; i += most) {
-            int64_t last = std::min(i + most, n), step = (last - i) * group < FEW ? together : 1;
+        for (int64_t i = 0, n = query_start[b + 1] - query_start[b]; i < n; i += max_queries) {
+            int64_t last = std::min(i + max_queries, n), step = (last - i) * group < FEW ? together : 1;
             for (int64_t h = 0; h < kv_heads; h += step) tasks.push_back({b, h, std::min(h + step, kv_heads), i, last});
         }
     #pragma omp parallel if (tasks.size() > 1)
     {
-        Rows t(D, std::max(most * group, together * FEW));
+        Rows t(D, std::max(max_queries * group, together * FEW));
         std::vector<float> scratch(KEYS * t.Dp), k_factors(SCALED * together * KEYS), v_factors(SCALED * together * KEYS);
         #pragma omp for schedule(dynamic, 1)
         for (size_t task = 0; task < tasks.size(); task++) {
@@ -1345,14 +1344,14 @@ static void attend(const T* q, const void* k_cache, const void* v_cache, const b
             }
             int64_t lo = window ? std::max<int64_t>(0, position0 + first - window + 1) : 0, hi = position0 + last;
             const C *k[KEYS], *v[KEYS], *next[KEYS];
-            auto locate = [&](int64_t j0, const void* cache, const C** to) {  // past the end: the last one again
+            auto locate = [&](int64_t j0, const void* cache, const C** to) {  // past the end the last one again
                 for (int64_t j = 0, n; j < KEYS; j += n) {  // n keys of one block
                     int64_t at = std::min(j0 + j, hi - 1), block = block_tables[b * M + at / block_size];
                     int64_t i0 = at % block_size;
                     n = std::min({block_size - i0, hi - at, KEYS - j});
                     const C* row = (const C*)cache + ((block * block_size + i0) * kv_heads + h0) * D;
                     for (int64_t i = 0; i < n; i++) to[j + i] = row + i * kv_heads * D;
-                    for (int64_t h = 0; SCALED && cache == v_cache && h < n_heads; h++) {
+                    for (int64_t h = 0; SCALED && cache == v_cache && h < n_heads; h++) {  // both scales, once
                         int64_t there = (block * kv_heads + h0 + h) * block_size + i0, here = h * KEYS + j;
                         for (int64_t i = 0; i < n; i++) k_factors[here + i] = to_float(k_scales[there + i]);
                         for (int64_t i = 0; i < n; i++) v_factors[here + i] = to_float(v_scales[there + i]);
@@ -1364,8 +1363,8 @@ static void attend(const T* q, const void* k_cache, const void* v_cache, const b
                 std::copy(next, next + KEYS, k);
                 locate(j0, v_cache, v);
                 locate(j0 + KEYS, k_cache, next);
-                // Blocks are scattered, so no hardware guesses what comes next: while reading the keys ask for the values,
-                // while reading the values for the next keys.
+                // Blocks are scattered, so no hardware can guess what comes next: reading the keys prefetches the values,
+                // and reading the values the next keys.
                 if (few) scores(t, k, v, n_heads, rows); else scores_many(t, k, scratch.data());
                 for (int64_t r = 0; r < t.rows; r++) {
                     int64_t position = position0 + first + r % rows / group;
@@ -1411,8 +1410,7 @@ class CudaKernels:
 
         self.driver, self.element = driver, _CUDA_ELEMENTS[dtype]
         properties = torch.cuda.get_device_properties(device)
-        # The context that torch uses for this device. The calling thread's current one may belong to another device, and
-        # a thread that has not touched CUDA yet has none.
+        # Torch's context for this device: the calling thread's current one may be another device's, or missing.
         self.context = _check(driver.cuDevicePrimaryCtxRetain(_check(driver.cuDeviceGet(device.index))))
         self.device, self.num_sms = device, properties.multi_processor_count
         self.arch = f"sm_{properties.major}{properties.minor}"
@@ -1422,7 +1420,7 @@ class CudaKernels:
         """Launch kernel `name` on the current stream, over grid (x, y, z) of blocks of `block` threads.
 
         A tensor is passed as a pointer, None as a null pointer, an int as int, a float as float; `constants` are the
-        numbers that its source leaves open; one of them, SHARED, is the bytes of shared memory of its DYNAMIC_SHARED.
+        numbers that its source leaves open; one of them, SHARED, is how many bytes of shared memory DYNAMIC_SHARED has.
         """
         if not all(grid):  # no rows, no work; CUDA would call it an invalid value
             return
@@ -1434,7 +1432,7 @@ class CudaKernels:
             if key not in self.loaded:
                 self.loaded[key] = self._load(name, constants)
             _check(self.driver.cuLaunchKernel(self.loaded[key], *grid, *(1,) * (3 - len(grid)), block, 1, 1,
-                                                   constants.get("SHARED", 0), stream, ctypes.addressof(pointers), 0))
+                                              constants.get("SHARED", 0), stream, ctypes.addressof(pointers), 0))
         finally:
             _check(self.driver.cuCtxPopCurrent())
 
@@ -1465,7 +1463,7 @@ def cuda_kernels(device: torch.device, dtype: torch.dtype) -> CudaKernels | None
 
 
 def _check(result):
-    """What a function of CUDA's driver or of NVRTC returned, without its error, which is raised."""
+    """The value in a CUDA driver or NVRTC function's (error, value); RuntimeError if there was an error."""
     error, *values = result
     if error:
         raise RuntimeError(f"CUDA: {error.name}")
@@ -1473,7 +1471,7 @@ def _check(result):
 
 
 def cuda_source(name: str, element: str, **constants: int) -> str:
-    """The complete source of a kernel: the prelude, the element type and constants that it leaves open, itself."""
+    """A kernel's complete source: the prelude, the type and constants that it leaves open, and the text that defines it."""
     source = next(text for key, text in CUDA.items() if re.search(rf"\b{name}\(", text) and key != "prelude")
     constants = "".join(f"constexpr int {key} = {value};\n" for key, value in constants.items())
     return f"{CUDA['prelude']}typedef {element} T;\n{constants}{source}"
@@ -1484,8 +1482,8 @@ def nvrtc_compile(source: str, arch: str) -> bytes:
     from cuda.bindings import nvrtc
 
     version = "{}.{}".format(*nvrtc.nvrtcVersion()[1:])
-    target = cached(f"cuda-{arch}", ".cubin", source, arch, version)
-    if target.exists():  # the code, then its hash: who loads what a full disk or a crash left of it gets anything
+    target = cache_file(f"cuda-{arch}", ".cubin", source, arch, version)
+    if target.exists():  # code, then its hash: a full disk or a crash may have cut it short
         code, end = (data := target.read_bytes())[:-32], data[-32:]
         if hashlib.sha256(code).digest() == end:
             return code
@@ -1498,7 +1496,7 @@ def nvrtc_compile(source: str, arch: str) -> bytes:
     code = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
     _check(nvrtc.nvrtcGetCUBIN(program, code))
     _check(nvrtc.nvrtcDestroyProgram(program))
-    # A folder that nobody can write to costs time at the next start, no more.
+    # Without a writable folder it is compiled again at the next start, no more.
     with contextlib.suppress(OSError), new_file(target) as path:
         path.write_bytes(code + hashlib.sha256(code).digest())
     return code
@@ -1512,8 +1510,8 @@ def kernel_arguments(args) -> tuple[ctypes.Array, list]:
     return (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values)), values
 
 
-def per_load(cols: int, *tensors: torch.Tensor | None) -> int:
-    """How many neighbours in rows of `cols` a thread can take at once: at most 16 bytes, from where the tensors begin."""
+def vector_width(cols: int, *tensors: torch.Tensor | None) -> int:
+    """Neighbours that one instruction can load from rows of `cols`: at most 16 bytes, aligned in every tensor."""
     size = tensors[0].element_size()
     return math.gcd(cols, 16 // size, *(t.data_ptr() // size for t in tensors if t is not None))
 
@@ -1523,7 +1521,7 @@ def threads(most: int) -> int:
     return min(1024, -(-most // 32) * 32)
 
 
-# Each kernel is compiled by itself, after the prelude and the definitions that its comment names.
+# Each is compiled by itself, after the prelude and definitions of what its comment says is left open: `cuda_source`.
 CUDA = {}
 
 CUDA["prelude"] = r"""
@@ -1535,7 +1533,8 @@ struct bf16 { unsigned short bits; };
 struct fp16 { unsigned short bits; };
 __device__ float to_float(bf16 x) { return __uint_as_float((unsigned)x.bits << 16); }
 __device__ float to_float(fp16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
-// What there is an instruction for, for either kind E. A register holds a pair of them, the first in the lower half.
+// What takes one instruction, for either 16-bit type E. A register holds a pair of them, the first in the lower half.
+// The first argument of mma, fma2 and make_pair, T() in the calls, only selects the type: a pair does not tell its own.
 //   mma: d [16, 8] += a [16, 16] b [16, 8] by one warp. Lane 4g + c holds rows g and g+8 of a and d, column g of b; see PTX
 //     ISA, mma.m16n8k16: a = {(g; 2c, 2c+1), (g+8; 2c, 2c+1), (g; 2c+8, 2c+9), (g+8; 2c+8, 2c+9)}, b = {(2c, 2c+1; g),
 //     (2c+8, 2c+9; g)}, d = {(g, 2c), (g, 2c+1), (g+8, 2c), (g+8, 2c+1)}.
@@ -1556,14 +1555,13 @@ __device__ float to_float(fp16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y)
     }
 INSTRUCTIONS(bf16, "bf16")
 INSTRUCTIONS(fp16, "f16")
-// (a & b) ^ c: one instruction, which two with constants in them would not become by themselves.
+// (a & b) ^ c in one instruction; with constants for b and c the compiler would make two.
 __device__ unsigned and_xor(unsigned a, unsigned b, unsigned c) {
     unsigned d; asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); return d;
 }
-// 2^x in one instruction; 0 for what exp2f would take four to make subnormal.
+// 2^x in one instruction, with 0 for subnormal results; exp2f takes four, to get these right.
 __device__ float power_of_2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-// 16 or 8 bytes from global to shared memory, while the thread goes on; they are there once it has waited. For 16 there is a
-// way past the L1 cache.
+// 16 or 8 bytes from global to shared memory, while the thread goes on until `wait_for_copies`. 16 can bypass the L1 cache.
 template <int BYTES = 16> __device__ void copy_async(void* to, const void* from) {
     unsigned shared = (unsigned)__cvta_generic_to_shared(to);
     if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared), "l"(from) : "memory");
@@ -1580,13 +1578,13 @@ __device__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memor
     }
 LOAD_MATRICES(load_matrices, "")
 LOAD_MATRICES(load_transposed, ".trans")
-// Shared memory of as many bytes as the launch says, the constant SHARED: beyond 48 KB there is no other way.
+// SHARED bytes of shared memory, as the launch says: beyond 48 KB there is no other way.
 #define DYNAMIC_SHARED(NAME) extern __shared__ __align__(16) char NAME[]
 // An 8 x 8 matrix of 16-bit entries, of which lane 4g + c holds (g; 2c, 2c+1), transposed.
 __device__ unsigned transpose(unsigned pair) {
     unsigned out; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair)); return out;
 }
-namespace cuda { template <class V> __device__ void check_access(const V*) {} }
+namespace cuda { template <class V> __device__ void check_access(const V*) {} }  // where there is a GPU: nothing
 #endif
 
 __device__ float to_float(float x) { return x; }
@@ -1611,7 +1609,7 @@ __device__ float warp_sum(float x) {
     return x;
 }
 
-// Whom a number belongs to, where those of request b begin at first(b): the last request that begins there or before.
+// The request that a tile, or a row, of this number belongs to, if those of request b begin at first(b). By bisection.
 template <class First> __device__ int owner(int number, int B, First first) {
     int low = 0, high = B - 1;
     while (low < high) {
@@ -1621,8 +1619,8 @@ template <class First> __device__ int owner(int number, int B, First first) {
     return low;
 }
 
-// Two int8, byte i of x and byte j of y, as a pair. Exact, and quicker than to convert: from some power of two on
-// neighbouring numbers are one apart, so a byte put into its last bits is an integer above it, and that is taken off.
+// Two int8, byte i of x and byte j of y, as a pair. Exact, and quicker than to convert: above a certain power of two,
+// neighbouring floats are 1 apart. So a byte, put into the last bits of that power, adds its value; the power is subtracted.
 __device__ unsigned widen_int8(bf16 kind, unsigned x, int i, unsigned y, int j) {
     // A bf16 of 128 .. 255 holds seven bits; the sign decides whether 128 or 256 (the next power) is taken off.
     unsigned codes = __byte_perm(x, y, (4 + j) << 8 | i);
@@ -1641,12 +1639,12 @@ __device__ float2 widen_int8(float, unsigned x, int i, unsigned y, int j) {  // 
 CUDA["add_norm"] = r"""
 // total = x + delta; out = RMSNorm(total) * weight, or LayerNorm where there is a bias. All [rows, cols].
 //
-// Grid (row). A thread takes N neighbours at a time. Reads x and delta, writes total and out, and reads total again, which
-// then lies in the cache: 4 sizeof(T) bytes per entry, a few FLOPs. Left open: T, N (a divisor of cols).
+// Grid (row). A thread takes N neighbours at a time. Reads x and delta, writes total (x itself where there is no delta) and
+// out; total is read again from the cache: 4 sizeof(T) bytes per entry, a few FLOPs. Left open: T, N (a divisor of cols).
 __device__ float block_sum(float x) {
     __shared__ float of_warp[32];
     x = warp_sum(x);
-    __syncthreads();  // whoever still reads the last sum
+    __syncthreads();  // another warp may still be reading the last sum
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
     __syncthreads();
     return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? of_warp[threadIdx.x % 32] : 0);
@@ -1667,7 +1665,7 @@ extern "C" __global__ void add_norm(const T* x, const T* delta, const T* weight,
         }
         for (int j = 0; j < N; j++) sum += to_float(a.at[j]), squares += to_float(a.at[j]) * to_float(a.at[j]);
     }
-    if (bias) {  // not the mean of squares less the square of the mean: where they are close, nothing would be left
+    if (bias) {  // not the mean of squares less the square of the mean: the difference of close numbers has few digits
         mean = block_sum(sum) / cols;
         squares = 0;
         for (int i = threadIdx.x * N; i < cols; i += step) {
@@ -1737,7 +1735,7 @@ extern "C" __global__ void rope_and_write_kv(T* qkv, const long long* positions,
     const int slot = is_q ? 0 : (int)slots[token], kv_head = (head - heads) % kv_heads;
     const long long place = ((long long)slot * kv_heads + kv_head) * D;
     if (INT8 && !is_q) {
-        unsigned largest = 0;  // floats without a sign sort like their bits, and NaN, which has to show, above all
+        unsigned largest = 0;  // without signs, floats sort like their bits, and NaN, which has to show, above all
         for (int i = 0; i < 2 * MINE; i++) largest = max(largest, __float_as_uint(x[i / 2][i % 2]) & 0x7fffffff);
         for (int i = 16; i; i /= 2) largest = max(largest, __shfl_xor_sync(ALL, largest, i));
         float step = __uint_as_float(largest) / 127;
@@ -1762,7 +1760,7 @@ extern "C" __global__ void rope_and_write_kv(T* qkv, const long long* positions,
 
 CUDA["paged_attention"] = r"""
 // Attention over the paged cache, for any mix of query lengths: split-KV with matrix instructions (FlashDecoding's scheme).
-// Requests with more than `most` queries are left out, for `tiled_attention`.
+// Requests with more than `max_queries` queries are left out, for `tiled_attention`.
 //
 // Grid (tile, kv head, split). A tile is up to R rows of one request; a row is a (query, head) pair, and all heads that
 // share the kv head are rows of the same tile, so K and V are read once for all of them. The keys that a tile sees are
@@ -1772,15 +1770,15 @@ CUDA["paged_attention"] = r"""
 //     scores^T [16 keys, 8 rows]  = K [16 keys, D] q^T [D, 8 rows]              then p = 2^(score - largest so far)
 //     out^T    [D, 8 rows]       += V^T [D, 16 keys] p^T [16 keys, 8 rows]
 //
-// A sum over D does not mind in which order D is taken, nor a matrix of D rows in which order they lie. So a lane loads
-// neighbouring entries, 16 bytes at a time, and counts them as the ones which the instruction expects of it.
+// The sum over D may be taken in any order, and the D rows of a matrix may be in any order. So a lane loads neighbouring
+// entries, 16 bytes at a time, in place of the scattered ones that the instruction expects of it.
 //
 // Reads 2 D sizeof(T) bytes per visible key, kv head and tile, and little else; does 4 D FLOPs per visible key and row. In
 // decoding that is a FLOP per byte and head of the group: memory is the limit. Writes out; with several splits it writes
 // unnormalized sums, and (largest score, sum of p) per row, for `combine_splits`.
 //
-// An int8 cache stays int8 in registers as well, until an instruction wants it; a key's score is multiplied by the key's
-// scale, its p by the value's. It halves the bytes, and adds two for every scale.
+// An int8 cache stays int8 in registers too, until an instruction needs it; a key's score is multiplied by the key's scale,
+// its p by the value's. That halves the bytes, and adds two for every scale.
 //
 // Left open: T, D (a multiple of 16), R (rows of a tile, 8 or 16), DECODE (1: one query, one tile per request), INT8 (1: so
 // is the cache).
@@ -1790,7 +1788,7 @@ constexpr int WARPS = 4, TILES = R / 8;
 __device__ unsigned firsts(unsigned x, unsigned y) { return __byte_perm(x, y, 0x5410); }
 __device__ unsigned seconds(unsigned x, unsigned y) { return __byte_perm(x, y, 0x7632); }
 
-// No matrix instruction keeps the 24 bits of a float, so floats stay as they are, and do by shuffles what it does.
+// The same for float, with shuffles: no matrix instruction keeps its 24 bits.
 __device__ float2 make_pair(float, float x, float y) { return make_float2(x, y); }
 __device__ float2 firsts(float2 x, float2 y) { return make_float2(x.x, y.x); }
 __device__ float2 seconds(float2 x, float2 y) { return make_float2(x.y, y.y); }
@@ -1817,8 +1815,8 @@ __device__ void mma(float, float (&d)[4], const float2 (&a)[4], const float2 (&b
 
 typedef decltype(make_pair(T(), 0, 0)) Pair;
 
-// What a lane holds of a row of K or V: N pairs, P neighbours at a time, and as they lie in memory: in words of one pair, or
-// of ENTRIES int8.
+// A lane's share of a row of K or V: N pairs, loaded P neighbours at a time, and kept as they lie in memory: in words of one
+// pair, or of ENTRIES int8.
 template <int CODES> struct WordOf { typedef Pair type; };
 template <> struct WordOf<4> { typedef unsigned type; };
 template <> struct WordOf<2> { typedef unsigned short type; };
@@ -1853,28 +1851,30 @@ constexpr int KP = KeyShare::P, VP = ValueShare::P;
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 paged_attention(const T* q, const void* k_cache, const void* v_cache, const bf16* k_scales, const bf16* v_scales,
                 const int* block_tables, const int* context_lens, const int* query_start, T* out, float* sums,
-                float2* stats, int B, int M, int block_size, int most, int slots, int heads, int kv_heads, int q_stride,
-                int window, float scale) {
+                float2* stats, int B, int M, int block_size, int max_queries, int sum_tokens, int heads, int kv_heads,
+                int q_stride, int window, float scale) {
     constexpr int ENTRY = INT8 ? 1 : sizeof(T);  // bytes in the cache
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
     const int group = heads / kv_heads, kv_head = blockIdx.y, split = blockIdx.z, splits = gridDim.z;
 
-    // The tiles of request b are numbered from here: enough numbers for each, and nothing to add up.
-    auto first_tile = [&](int b) { return min(query_start[b] * group / R + b, b * ((most * group + R - 1) / R)); };
+    // Request b's tiles are numbered from here. It is a bound on the tiles before them, so some numbers have no tile.
+    auto first_tile = [&](int b) { return min(query_start[b] * group / R + b, b * ((max_queries * group + R - 1) / R)); };
     const int b = DECODE ? blockIdx.x : owner(blockIdx.x, B, first_tile);
     const int row0 = DECODE ? 0 : ((int)blockIdx.x - first_tile(b)) * R;
     const int start = query_start[b], n = query_start[b + 1] - start, rows = min(R, n * group - row0);
-    if (rows <= 0 || n > most) return;
-    auto output_row = [&](int row, int start) {  // of a tile's row: token * heads + head, if the first token is `start`
-        return (long long)(start + (row0 + row) / group) * heads + kv_head * group + (row0 + row) % group;
+    if (rows <= 0 || n > max_queries) return;
+    auto output_row = [&](int row, int first_token) {  // of a tile's row: token * heads + head
+        return (long long)(first_token + (row0 + row) / group) * heads + kv_head * group + (row0 + row) % group;
     };
-    auto place = [&](int row) { return (long long)split * slots * heads + output_row(row, min(start, b * most)); };
+    auto sum_row = [&](int row) {  // of sums and stats
+        return (long long)split * sum_tokens * heads + output_row(row, min(start, b * max_queries));
+    };
     const int position0 = context_lens[b] - n + row0 / group;  // of the tile's first query
     const int first = window ? max(0, position0 - window + 1) : 0, end = context_lens[b] - n + (row0 + rows - 1) / group + 1;
     const int share = ((end - first - 1) / splits / 16 + 1) * 16, from = first + split * share, to = min(end, from + share);
     if (from >= to) {
         if ((int)threadIdx.x < rows)
-            stats[place(threadIdx.x)] = make_float2(-INFINITY, 0);
+            stats[sum_row(threadIdx.x)] = make_float2(-INFINITY, 0);
         return;
     }
 
@@ -1895,7 +1895,7 @@ paged_attention(const T* q, const void* k_cache, const void* v_cache, const bf16
             limit[t][e] = row < rows ? context_lens[b] - n + (row0 + row) / group : -1;
         }
     }
-    scale *= 1.44269504f;  // 2^x is what the hardware has
+    scale *= 1.44269504f;  // log2(e): the hardware has 2^x, not e^x
     float acc[TILES][D / 16][4] = {}, total[TILES][2] = {}, top[TILES][2];
     for (int t = 0; t < TILES; t++) top[t][0] = top[t][1] = -INFINITY;
 
@@ -1992,25 +1992,25 @@ paged_attention(const T* q, const void* k_cache, const void* v_cache, const bf16
         if (splits == 1) {
             put(&out[output_row(row, start) * D + d], row_out[row][d] / l);
         } else {
-            sums[place(row) * D + d] = row_out[row][d];
-            if (d == 0) stats[place(row)] = make_float2(m, l);
+            sums[sum_row(row) * D + d] = row_out[row][d];
+            if (d == 0) stats[sum_row(row)] = make_float2(m, l);
         }
     }
 }
 
-// Adds up the splits. Grid (row) of 8 warps, a row being a (token, head), of requests with at most `most` tokens: each warp
-// takes every eighth split, because one after the other they would all wait for memory.
+// Adds up the splits. Grid (row) of 8 warps, a row being a (token, head) of a request with at most `max_queries` queries.
+// Each warp takes every eighth split, so that they wait for memory at the same time.
 extern "C" __global__ void combine_splits(const float* sums, const float2* stats, const int* query_start, T* out, int B,
-                                          int most, int heads, int splits) {
+                                          int max_queries, int heads, int splits) {
     constexpr int ADDERS = 8;
     __shared__ float warp_out[ADDERS][D], warp_total[ADDERS];
     const int row = blockIdx.x, rows = gridDim.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int to = row;
     if (!DECODE) {
-        auto first_slot = [&](int b) { return min(query_start[b], b * most); };
-        const int b = owner(row / heads, B, first_slot), n = query_start[b + 1] - query_start[b];
-        if (n > most || row / heads - first_slot(b) >= n) return;
-        to += (query_start[b] - first_slot(b)) * heads;
+        auto first_token = [&](int b) { return min(query_start[b], b * max_queries); };  // in sums
+        const int b = owner(row / heads, B, first_token), n = query_start[b + 1] - query_start[b];
+        if (n > max_queries || row / heads - first_token(b) >= n) return;
+        to += (query_start[b] - first_token(b)) * heads;
     }
     float m = -INFINITY, l = 0, acc[(D + 31) / 32] = {};
     for (int s = lane; s < splits; s += 32) m = fmaxf(m, stats[(long long)s * rows + row].x);
@@ -2039,7 +2039,7 @@ CUDA["tiled_attention"] = r"""
 //
 // Grid (tile, kv head). A tile is up to ROWS rows of one request. As there a row is a (query, head) pair, and the heads that
 // share a kv head are rows of the same tile: any group fills it, and it spans the fewest positions, so that little of what
-// is computed is masked. Its keys are gone through KEYS at a time; a warp keeps a quarter of the rows in registers:
+// is computed is masked. It takes KEYS of its keys at a time; a warp keeps the sums of a quarter of the rows in registers:
 //
 //     scores [rows, KEYS]  = q [rows, D] K^T [D, KEYS]                          then p = 2^(score - largest so far)
 //     out    [rows, D]    += p [rows, KEYS] V [KEYS, D]
@@ -2054,8 +2054,8 @@ CUDA["tiled_attention"] = r"""
 // with D = 128 a thread needs all of its 255 registers, and two blocks, 8 warps, fit on a multiprocessor; they use 136 KB
 // of its shared memory. Writes out.
 //
-// An int8 cache is brought as it is, each eight codes to where they will be eight entries, and whoever brought them widens
-// them there; scores and p are multiplied by the scales, which lie behind the rows of K and V.
+// An int8 cache is copied as it is, eight codes to where their eight entries will be, and the lane that copied them widens
+// them there; scores and p are multiplied by the scales, which lie in the padding behind the rows of K and V.
 //
 // Left open: T (16 bits), D (a multiple of 16, at most 256), ROWS (128, or 64 where D > 128), INT8 (1: so is the cache),
 // SHARED (bytes of q, K and V).
@@ -2086,14 +2086,14 @@ tiled_attention(const T* q, const Entry* k_cache, const Entry* v_cache, const bf
     const int first = window ? max(0, position0 - window + 1) : 0;
 
     struct Row { int position, output; };  // where it stands, and where its output goes; -1: there is no such row
-    auto about = [&](int row) { return (Row*)(queries + row * PITCH + D); };  // in what sets the rows apart
+    auto row_info = [&](int row) { return (Row*)(queries + row * PITCH + D); };  // in the padding behind a row
     for (int i = threadIdx.x; i < ROWS * CHUNKS; i += 32 * WARPS) {
         int at = i / CHUNKS, row = row0 + min(at, rows - 1), query = row / group, head = kv_head * group + row % group;
         copy_async(queries + at * PITCH + i % CHUNKS * 8,
                    q + (long long)(start + query) * q_stride + head * D + i % CHUNKS * 8);
-        if (i % CHUNKS == 0) *about(at) = {before + query, at < rows ? (start + query) * heads + head : -1};
+        if (i % CHUNKS == 0) *row_info(at) = {before + query, at < rows ? (start + query) * heads + head : -1};
     }
-    // A warp brings EACH of a tile's keys or values, SIDE lanes a row; one lane looks up where it lies, the others ask it.
+    // A warp copies EACH of the keys or values, SIDE lanes a row; one lane looks up where it lies, shuffles tell the others.
     constexpr int EACH = KEYS / WARPS, SIDE = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2;
     float factor = 1;  // lanes 0 .. 15: the scales of the warp's keys, 16 .. 31: those of their values
     auto find = [&](int j) {
@@ -2108,7 +2108,7 @@ tiled_attention(const T* q, const Entry* k_cache, const Entry* v_cache, const bf
     auto factor_of = [&](T* rows, int key) { return (float*)(rows + key * PITCH + D); };
     const int stride = kv_heads * D * sizeof(Entry), share = kv_head * D + lane % SIDE * 8;
     auto mine = [&](T* rows) { return rows + (warp * EACH + lane / SIDE) * PITCH + lane % SIDE * 8; };
-    auto bring = [&](T* rows, const Entry* cache, int slot) {
+    auto start_copies = [&](T* rows, const Entry* cache, int slot) {
         T* to = mine(rows);
         #pragma unroll
         for (int i = 0; i < EACH; i += 32 / SIDE) {
@@ -2116,7 +2116,7 @@ tiled_attention(const T* q, const Entry* k_cache, const Entry* v_cache, const bf
             for (int j = 0; j < CHUNKS; j += SIDE) copy_async<CHUNK>(to + i * PITCH + j * 8, row + j * CHUNK);
         }
     };
-    auto receive = [&](T* rows) {
+    auto finish_copies = [&](T* rows) {
         wait_for_copies();
         #pragma unroll
         for (int i = 0; INT8 && i < EACH; i += 32 / SIDE)
@@ -2131,24 +2131,24 @@ tiled_attention(const T* q, const Entry* k_cache, const Entry* v_cache, const bf
         __syncthreads();
     };
     int slot = find(first);
-    bring(keys, k_cache, slot);
+    start_copies(keys, k_cache, slot);
 
     // The lane's rows are this one and 8, 16 and 24 further; of a row it has two neighbours in each eight entries.
     const int row = warp * 16 * MINE + g;
     float acc[MINE][D / 8][4] = {}, total[MINE][2] = {}, top[MINE][2];
     for (int m = 0; m < MINE; m++) top[m][0] = top[m][1] = -INFINITY;
-    scale *= 1.44269504f;  // 2^x is what the hardware has
-    // Of 16 rows by 16 entries, four matrices, where the lane's row begins. The second matrix is the one below the first; of
-    // K, whose rows are the instruction's columns, the one beside it.
+    scale *= 1.44269504f;  // log2(e): the hardware has 2^x, not e^x
+    // Where the row that the lane gives `load_matrices` begins, in 16 rows by 16 entries, four matrices. The second matrix
+    // is the one below the first; of K, whose rows are the instruction's columns, the one beside it.
     const int below = lane % 16 * PITCH + lane / 16 * 8, beside = (lane % 8 + lane / 16 * 8) * PITCH + lane / 8 % 2 * 8;
 
     for (int j = first; j <= last; j += KEYS) {
-        receive(keys);  // and now the last values are no longer needed, nor the last scales
-        bring(values, v_cache, slot);
+        finish_copies(keys);  // and all warps are done with the last values and scales
+        start_copies(values, v_cache, slot);
         if (INT8) *factor_of(lane < EACH ? keys : values, warp * EACH + lane % EACH) = factor;
         slot = find(j + KEYS);
         float s[MINE][KEYS / 8][4] = {};
-        auto weigh = [&](T* rows) {  // by the scales of K or V
+        auto multiply_by_scales = [&](T* rows) {  // of K or V
             for (int i = 0; i < KEYS / 4; i++) {
                 float factor = *factor_of(rows, i / 2 * 8 + i % 2 + 2 * c);
                 for (int m = 0; m < MINE; m++)
@@ -2168,16 +2168,16 @@ tiled_attention(const T* q, const Entry* k_cache, const Entry* v_cache, const bf
                 }
             }
         }
-        receive(values);  // and now the keys are no longer needed
-        if (j + KEYS <= last) bring(keys, k_cache, slot);
-        if (INT8) weigh(keys);
+        finish_copies(values);  // and all warps are done with the keys
+        if (j + KEYS <= last) start_copies(keys, k_cache, slot);
+        if (INT8) multiply_by_scales(keys);
         bool all_visible = j + KEYS <= position0 + 1 && (!window || j > last - window);
         #pragma unroll
         for (int m = 0; m < MINE; m++)
             for (int h = 0; h < 2; h++) {
                 float largest = top[m][h];
                 if (!all_visible) {
-                    int right = about(row + 16 * m + 8 * h)->position - j - 2 * c, left = window ? right - window : -1;
+                    int right = row_info(row + 16 * m + 8 * h)->position - j - 2 * c, left = window ? right - window : -1;
                     for (int i = 0; i < KEYS / 4; i++)
                         if (int at = i / 2 * 8 + i % 2; at > right || at <= left) s[m][i / 2][2 * h + i % 2] = -INFINITY;
                 }
@@ -2194,7 +2194,7 @@ tiled_attention(const T* q, const Entry* k_cache, const Entry* v_cache, const bf
                 }
                 for (int i = 0; i < D / 4; i++) acc[m][i / 2][2 * h + i % 2] *= shrink;
             }
-        if (INT8) weigh(values);
+        if (INT8) multiply_by_scales(values);
         #pragma unroll
         for (int key = 0; key < KEYS; key += 16) {
             unsigned p[MINE][4], v[4];
@@ -2218,7 +2218,7 @@ tiled_attention(const T* q, const Entry* k_cache, const Entry* v_cache, const bf
     for (int m = 0; m < MINE; m++)
         for (int h = 0; h < 2; h++) {
             for (int i = 1; i < 4; i *= 2) total[m][h] += __shfl_xor_sync(ALL, total[m][h], i);
-            const int output = about(row + 16 * m + 8 * h)->output;
+            const int output = row_info(row + 16 * m + 8 * h)->output;
             if (output < 0) continue;
             unsigned* to = (unsigned*)(out + (long long)output * D) + c;
             const float factor = 1 / total[m][h];
@@ -2234,14 +2234,14 @@ CUDA["low_bit_linear"] = r"""
 // out[row, o] = sum over k of x[row, k] * code[o, k] * scale[o, k / group], for a few rows.
 //
 // Grid (16 outputs, 8 rows). The warps of a block share out k; each reads codes straight into registers, 16 bytes at a
-// time, turns them into pairs of T, and multiplies: codes [16, k] times x^T [k, 8 rows]. A sum over k does not mind its
-// order, so a lane calls the neighbours that it loads by the numbers that the instruction gives to its lanes.
+// time, turns them into pairs of T, and multiplies: codes [16, k] times x^T [k, 8 rows]. The sum over k may be
+// taken in any order, so a lane loads neighbours in place of the scattered ones that the instruction expects of it.
 // Reads each code once for every 8 rows, and x from the cache; does 2 FLOPs per code and row: memory is the limit.
 // Left open: T (16 bits), BITS (8: one scale per output, applied to the sum; 4: one per group, applied to the pairs).
 constexpr int WARPS = 8, PER_LANE = 128 / BITS;  // codes in 16 bytes
 
 __device__ unsigned twice(float x) { return make_pair(T(), x, x); }
-// Bits of the T from which on neighbouring Ts are one apart: 128 for bf16, 1024 for fp16. Its last bits are an integer.
+// The power of two above which neighbouring Ts are 1 apart, and its bits, twice: what is put into the last ones is added.
 __device__ unsigned base_bits(bf16) { return 0x43004300; }
 __device__ unsigned base_bits(fp16) { return 0x64006400; }
 __device__ float base(bf16) { return 128; }
@@ -2259,14 +2259,14 @@ low_bit_linear(const T* x, const void* codes, const bf16* scales, T* out, int ro
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
     const int o = blockIdx.x * 16, r = blockIdx.y * 8;
     float acc[4] = {};  // (output g; rows 2c, 2c + 1), (output g + 8; rows 2c, 2c + 1)
-    #pragma unroll 4  // loads under way before the first is waited for
+    #pragma unroll 4  // four loads are under way before the first is waited for
     for (int k = (4 * warp + c) * PER_LANE; k < inputs; k += 4 * WARPS * PER_LANE) {
         Vec<unsigned, 4> w[2];
         float scale[2];
         for (int h = 0; h < 2; h++) {  // past the last output: the last one again, to be dropped
             long long output = min(o + g + 8 * h, outputs - 1);
             w[h] = load<unsigned, 4>((const unsigned*)codes + (output * inputs + k) * BITS / 32);
-            // Divided in 32 bits, for in 64 a division is a whole subroutine.
+            // Divisions in 32 bits: in 64 each is a whole subroutine.
             scale[h] = BITS == 4 ? to_float(scales[output * (inputs / group) + k / group]) : 1;
         }
         const T* row = x + (long long)min(r + g, rows - 1) * inputs + k;
@@ -2303,7 +2303,7 @@ CUDA["sample"] = r"""
 // Left open: T.
 typedef unsigned long long u64;
 
-// The u64 of all threads before this one; `all` gets that of all threads.
+// The sum of x over the threads before this one; `all` gets that over all threads.
 __device__ u64 prefix_sum(u64 x, u64* all) {
     __shared__ u64 of_warp[32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -2312,7 +2312,7 @@ __device__ u64 prefix_sum(u64 x, u64* all) {
         u64 other = __shfl_up_sync(ALL, sum, i);
         if (lane >= i) sum += other;
     }
-    __syncthreads();  // whoever still reads the last sums
+    __syncthreads();  // another warp may still be reading the last sums
     if (lane == 31) of_warp[warp] = sum;
     __syncthreads();
     u64 before = 0;
@@ -2335,10 +2335,10 @@ struct Row {
     __device__ static u64 mass(unsigned depth) { return (u64)(expf(-__uint_as_float(depth)) * 1099511627776.f); }
 };
 
-// The least depth such that the entries up to it, of those within `limit`, add up to `need`. weighted: their masses, else
-// their number. If all together do not: `limit`. It is found four bits at a time, the highest first: of those that agree
-// in the bits found so far, each thread adds up how many have at most 0, 1, .. 15 in the next. Sixteen sums in registers
-// are cheaper than a histogram in shared memory, where most logits would fight for the same few entries.
+// The least depth up to which the entries within `limit` add up to `need`: their masses if weighted, else their number. If
+// all of them do not: `limit`. It is found four bits at a time, the highest first: of the entries that agree in the bits
+// found so far, each thread adds up how many have at most 0, 1, .. 15 in the next. Sixteen sums in registers are cheaper
+// than a histogram in shared memory, where most logits would compete for the same few counters.
 __device__ unsigned reach(const Row& r, u64 need, unsigned limit, bool weighted) {
     __shared__ u64 of_warp[32][16];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -2352,7 +2352,7 @@ __device__ unsigned reach(const Row& r, u64 need, unsigned limit, bool weighted)
             #pragma unroll
             for (unsigned digit = 0; digit < 16; digit++) upto[digit] += (d >> shift & 15) <= digit ? weight : 0;
         }
-        __syncthreads();  // whoever still reads the last sums
+        __syncthreads();  // another warp may still be reading the last sums
         #pragma unroll
         for (int digit = 0; digit < 16; digit++) {
             for (int i = 16; i; i /= 2) upto[digit] += __shfl_xor_sync(ALL, upto[digit], i);

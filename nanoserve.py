@@ -1995,21 +1995,21 @@ def free_memory() -> int:
 #                            ▲                                  │
 #                            └──────── Job's mailbox ◄──────────┘ one batch of updates a step
 #
-# A client that reads slowly holds up only its own task: what it has not taken yet is at most its own max_tokens.
-# Writing an event costs as much as computing a few tokens of a small model, and takes the lock from the step. So first
+# A client that reads slowly holds up only its own task, and what waits for it is at most its own max_tokens.
+# Writing an event costs as much as computing a few tokens of a small model, and takes that lock from the step. So first
 # tokens and ends are sent at once, and what lies between as often as STREAM_SHARE of the loop thread's time allows: token
 # by token for a few clients, several tokens an event for hundreds.
 
 MAX_HEAD = 32 << 10  # bytes of request line and headers
-MAX_ENTRIES = {"stop": 16, "stop_token_ids": 1024, "logit_bias": 1024}  # looked through in every step, for every token
+MAX_ENTRIES = {"stop": 16, "stop_token_ids": 1024, "logit_bias": 1024}  # all are looked through for every token
 MAX_LOGPROBS = 20  # of a token; hundreds for each fill the memory, and writing them keeps the loop from all others
-SHORT_BODY, LONG_BODY = 2000, 64 << 10  # bytes; shorter ones are read and tokenized at once, others in one of two threads
-SPARE_FILES = 64  # beside the connections: the log, the model, surplus clients while they are told
+SHORT_BODY, LONG_BODY = 2000, 64 << 10  # bytes; shorter ones are parsed by the loop thread, others by one of two threads
+SPARE_FILES = 64  # beside the connections: the log, the model, surplus clients while they are refused
 PAGE = Path(__file__).parent / "tutorial" / "page.html"
-STREAM_SHARE, STREAM_GAP = 0.025, 0.1  # of the time, for the loop thread; seconds between two events, if it can keep up
-LOOKS_A_SECOND, LOOKS_SHARE = 20, 0.015  # how often the page gets a new state at most, and what share of the time that takes
-SHOWN_STEPS, SHOWN_WAITING = 120, 32  # in each of them
-CACHED_BLOCK, SHARED_BLOCK, SCRATCH_BLOCK = -1, -2, -3  # 0 is a free one, i the i-th running request's
+STREAM_SHARE, STREAM_GAP = 0.025, 0.1  # the loop thread's share of the time, but events at most so many seconds apart
+LOOKS_A_SECOND, LOOKS_SHARE = 20, 0.015  # states for the page: at most so many, in at most this share of the time
+SHOWN_STEPS, SHOWN_WAITING = 120, 32  # steps and waiting requests in each state
+CACHED_BLOCK, SHARED_BLOCK, SCRATCH_BLOCK = -1, -2, -3  # owners of blocks; 0: free, i: the i-th running request
 STEP_FAILED = "the step that computed this request failed; the server's log says why"
 
 SAMPLING_FIELDS = {f.name for f in fields(SamplingParams)} - {"prompt_logprobs", "logits_processor", "beam_search",
@@ -2018,7 +2018,7 @@ COMMON_FIELDS = SAMPLING_FIELDS | {"stream", "stream_options", "priority", "cach
 COMPLETION_FIELDS = COMMON_FIELDS | {"prompt", "echo"}
 CHAT_FIELDS = COMMON_FIELDS | {"messages", "top_logprobs", "max_completion_tokens"}
 HARMLESS_FIELDS = {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-                   "prompt_cache_retention"}  # of OpenAI's, without a say in the answer
+                   "prompt_cache_retention"}  # OpenAI's, ignored: they do not change the answer
 
 
 class HTTPError(Exception):
@@ -2037,7 +2037,7 @@ class HTTPError(Exception):
 
     @classmethod
     def failure(cls, error: Exception, message: str) -> HTTPError:
-        """500 for an exception that is not meant for the client: its text may hold what is nobody's business."""
+        """500 for an exception whose text is for the log, not for the client. An HTTPError stays what it is."""
         if isinstance(error, cls):
             return error
         log.error("a request failed", exc_info=error)
@@ -2088,13 +2088,13 @@ def flag(body: dict, name: str) -> bool:
 
 
 def parse_sampling(body: dict, is_chat: bool) -> SamplingParams:
-    """SamplingParams from OpenAI's fields. Where the two differ in a name, errors say the client's."""
+    """SamplingParams from OpenAI's fields. Errors name the client's field where ours is called otherwise."""
     options = {name: body[name] for name in SAMPLING_FIELDS if body.get(name) is not None}
-    theirs = {}
+    client_names = {}
     for name, most in MAX_ENTRIES.items():
         if isinstance(options.get(name), (list, dict)) and len(options[name]) > most:
             raise ValueError(f"{name}: at most {most} entries are allowed, got {len(options[name])}")
-    if isinstance(bias := options.get("logit_bias"), dict):  # JSON's keys are texts
+    if isinstance(bias := options.get("logit_bias"), dict):  # JSON's keys are strings
         if not all(re.fullmatch("[0-9]{1,18}", token) for token in bias):
             raise ValueError("logit_bias: its keys must be token ids")
         options["logit_bias"] = {int(token): value for token, value in bias.items()}
@@ -2102,11 +2102,11 @@ def parse_sampling(body: dict, is_chat: bool) -> SamplingParams:
         if (limit := body.get("max_completion_tokens")) is not None:
             if options.setdefault("max_tokens", limit) != limit:
                 raise ValueError("max_completion_tokens: differs from max_tokens, which is its old name")
-            theirs["max_tokens"] = "max_completion_tokens"
+            client_names["max_tokens"] = "max_completion_tokens"
         wanted, top = flag(body, "logprobs"), body.get("top_logprobs")
         if top is not None and not wanted:
             raise ValueError("top_logprobs: needs logprobs to be true")
-        options["logprobs"], theirs["logprobs"] = (top or 0) if wanted else None, "top_logprobs"
+        options["logprobs"], client_names["logprobs"] = (0 if top is None else top) if wanted else None, "top_logprobs"
     else:
         options.setdefault("max_tokens", 16)  # OpenAI's default
         if flag(body, "echo"):
@@ -2117,7 +2117,7 @@ def parse_sampling(body: dict, is_chat: bool) -> SamplingParams:
         return SamplingParams(**options)
     except ValueError as error:
         name, _, rest = str(error).partition(":")
-        raise ValueError(f"{theirs.get(name, name)}:{rest}") from None
+        raise ValueError(f"{client_names.get(name, name)}:{rest}") from None
 
 
 def parse_prompts(prompt) -> list[str | list[int]]:
@@ -2133,7 +2133,7 @@ def parse_prompts(prompt) -> list[str | list[int]]:
 
 
 def parse_messages(messages) -> list[dict]:
-    """The messages of a chat with texts for contents. What the model can not be shown is refused, not dropped."""
+    """A chat's messages, each content made one text. What the model cannot be shown is refused, not dropped."""
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages: must be a list of at least one message")
     plain = []
@@ -2166,19 +2166,19 @@ def encode(tokenizer: Tokenizer, source: str | list) -> list[int]:
 
 
 class Update(NamedTuple):
-    """What steps did to one sample, on its way to the client."""
+    """What one or more steps added to a sample: news for its client."""
 
     index: int  # which choice of the answer
     text: str
     num_tokens: int
-    logprobs: list[tuple[int, dict[int, float] | None]]  # (token, the likeliest and itself) of all that belongs to the text
+    logprobs: list[tuple[int, dict[int, float] | None]]  # (token, of the likeliest and itself), of all that the text shows
     finish_reason: str | None
     is_cut: bool  # a stop string ended it: the last tokens reach beyond the text
 
 
 @dataclass
 class Progress:
-    """Of a sample on its way to its client: when it last got a token, how many it had then, and what was sent of them."""
+    """How far a sample is: when it last got a token, how many it had then, and how much of them its client was sent."""
 
     job: Job
     index: int  # which choice of the answer
@@ -2208,17 +2208,17 @@ class Job:
         self.num_samples = len(self.source) * self.params.n
         self.prompts: list[list[int]] = []  # token ids, once `tokenize` has run
         self.requests: list[Request] = []  # the engine thread's
-        # The loop's: what came and was not yet taken, and whether there is anything.
+        # The mailbox, the loop thread's: what has come and was not taken yet, and whether there is anything.
         self.updates, self.error, self.has_news = [], None, asyncio.Event()
 
     def tokenize(self, llm: LLM) -> None:
-        """Turn texts into token ids, wherever `Connection.read` has it done."""
+        """Texts to token ids, in any thread. A chat that does not say max_tokens gets all the room that is left."""
         self.prompts = [encode(llm.tokenizer, source) for source in self.source]
         if self.is_chat and self.params.max_tokens is None:
             self.params.max_tokens = max(1, self.params.min_tokens, llm.longest_request - len(self.prompts[0]))
 
     def deliver(self, item: Update | HTTPError) -> None:
-        """Put something into the mailbox. After an error nothing comes."""
+        """Put something into the mailbox. Nothing comes after an error."""
         if isinstance(item, HTTPError):
             self.error = item
         else:
@@ -2264,21 +2264,21 @@ class EngineThread(threading.Thread):
         self.llm, self.loop, self.on_fatal = llm, loop, on_fatal
         self.commands: queue.SimpleQueue[Callable | None] = queue.SimpleQueue()  # None ends the thread
         self.progress: dict[Request, list[Progress]] = {}  # of the samples of each request that has a client
-        self.over: str | None = None  # why nothing is computed any more
+        self.end_reason: str | None = None  # why nothing is computed any more
         self.ttft, self.itl, self.e2e = Histogram(), Histogram(), Histogram()
         self.num_prompt_tokens = self.num_failed = 0
-        self.is_paused, self.delay, self.next_step = False, 0.0, 0.0  # seconds between the starts of two steps
+        self.is_paused, self.delay, self.next_step = False, 0.0, 0.0  # delay: seconds from one step's start to the next's
         self.history: deque[list[int]] = deque(maxlen=SHOWN_STEPS)  # [prefill, decode, drafts] of each of the last steps
-        self.unsent: dict[Request, Progress] = {}  # of those with news that were not sent
-        self.next_due = 0.0  # when all of them are to be sent; infinity while that is under way
-        self.loop_seconds = 0.0  # CPU time of the loop thread when that was done last
+        self.unsent: dict[Request, Progress] = {}  # samples with news that their clients were not sent yet
+        self.next_due = 0.0  # when all of it is to be sent; infinity while that is under way
+        self.loop_seconds = 0.0  # the loop thread's CPU time when that was last done
 
     def run(self) -> None:
         """Obey and step in turn, until the command None."""
         while True:
             try:
                 try:
-                    command = self.commands.get(timeout=self._rest())
+                    command = self.commands.get(timeout=self._seconds_to_step())
                 except queue.Empty:
                     command = self._advance
                 if not command:
@@ -2290,11 +2290,11 @@ class EngineThread(threading.Thread):
                 self.unsent.clear()
                 self.end("the engine failed; the server's log says how")
 
-    def _rest(self) -> float | None:
-        """Seconds until the next step is due. None: only a command can change anything. One that is over obeys on:
-        whoever asks is told.
+    def _seconds_to_step(self) -> float | None:
+        """Seconds until the next step is due. None: only a command can change anything, even after the end: whoever asks
+        must get an answer.
         """
-        if self.over or self.is_paused or not self.llm.has_work():
+        if self.end_reason or self.is_paused or not self.llm.has_work():
             return None
         return max(0.0, self.next_step - time.perf_counter()) if self.delay else 0.0
 
@@ -2305,13 +2305,24 @@ class EngineThread(threading.Thread):
         prefill, drafts, rows = (counts[name] - before[name] for name in ("prompt_tokens", "drafted", "computed_tokens"))
         self.history.append([prefill, rows - prefill - drafts, drafts])
 
+    def _step(self) -> list[Request]:
+        """A step. If it fails, its requests get an error and the others go on, unless the device is gone."""
+        try:
+            return self.llm.step()
+        except Exception as error:
+            is_cuda = isinstance(error, RuntimeError) and "CUDA" in str(error)
+            if isinstance(error, torch.AcceleratorError) or (is_cuda and not isinstance(error, torch.OutOfMemoryError)):
+                raise
+            log.error("a step failed", exc_info=error)
+            return self.llm.drop_step(STEP_FAILED)
+
     # ---- commands: the loop thread puts them ----
 
     def add(self, job: Job) -> None:
         """Queue a job's prompts, all or none."""
         try:
-            if self.over:
-                raise HTTPError(503, self.over)
+            if self.end_reason:
+                raise HTTPError(503, self.end_reason)
             n = job.params.n
             for i, prompt in enumerate(job.prompts):
                 request = self.llm.add_request(prompt, job.params, job.priority, job.cache_salt, job.tenant)
@@ -2336,7 +2347,7 @@ class EngineThread(threading.Thread):
         return {**self.llm.stats(), "failed": self.num_failed, "admitted_prompt_tokens": self.num_prompt_tokens}
 
     def look(self) -> tuple[dict, float]:
-        """What the page shows, in integers, and the seconds of work to gather it. tutorial/page.html says what is what."""
+        """What the page shows, in integers, and the seconds that gathering it took. tutorial/page.html names each field."""
         started, llm, pool, scheduler = time.thread_time(), self.llm, self.llm.pool, self.llm.scheduler
         running, size = scheduler.running, pool.block_size
         lengths = [len(request.block_table) for request in running]
@@ -2370,26 +2381,26 @@ class EngineThread(threading.Thread):
         self.is_paused = self.is_paused if is_paused is None else is_paused
         self.delay = self.delay if delay is None else delay
         self._report(())
-        if step and self.llm.has_work() and not self.over:
+        if step and self.llm.has_work() and not self.end_reason:
             self._advance()
 
     def end(self, reason: str) -> None:
-        """Compute nothing any more. Those that wait are told, and have their jobs forgotten; those that come are refused."""
-        self.over = reason
+        """Compute nothing any more. Jobs under way get the reason as their error, later ones are refused."""
+        self.end_reason = reason
         news = self._news(list(self.unsent))
         jobs = {first.job for first, *_ in self.progress.values()}
         self._post(news + [(job, HTTPError(503, reason)) for job in jobs])
         self.progress.clear()
 
-    # ---- what a step came to ----
+    # ---- what steps bring, on its way to the clients ----
 
     def _report(self, changed):
-        """One batch of updates for the loop; a step for two hundred clients wakes it once."""
+        """Send what is due of the changed requests and of `unsent`: in one batch, so that a step wakes the loop once."""
         now, urgent = time.perf_counter(), []
         sends_all = self.is_paused or self.delay > 0 or now >= self.next_due  # who looks step by step sees every step
         for request in changed:
             samples = self.progress.get(request.samples[0])
-            if not samples or (progress := samples[request.sample_index]).is_over:  # its client has left, or knows it all
+            if not samples or (progress := samples[request.sample_index]).is_over:  # its client has left, or has all of it
                 continue
             if request.num_output > progress.num_output:
                 (self.itl if progress.num_output else self.ttft).observe(now - progress.last_token)
@@ -2397,11 +2408,11 @@ class EngineThread(threading.Thread):
             self.unsent[request] = progress
             if request.status == FINISHED or not progress.num_sent:
                 urgent.append(request)
-                sends_all |= request.error is not None  # the last chance for what was kept back of its job
+                sends_all |= request.error is not None  # it ends its job: whatever was kept back has to go first
         self._post(self._news(list(self.unsent) if sends_all else urgent), sets_pace=sends_all)
 
     def _news(self, requests):
-        """(job, what its client is to be told) of these. Errors come last, and end their jobs."""
+        """[(job, an Update or its error), ...] of these requests. Errors come last, and end their jobs."""
         news, errors = [], {}
         for request in requests:
             if (progress := self.unsent.pop(request, None)) is None:
@@ -2434,22 +2445,11 @@ class EngineThread(threading.Thread):
         progress.num_sent, progress.num_chars = request.num_output, len(text)
         return update
 
-    def _step(self) -> list[Request]:
-        """A step. If it fails, those that it was for get an error and the others go on, unless the device is gone."""
-        try:
-            return self.llm.step()
-        except Exception as error:
-            is_cuda = isinstance(error, RuntimeError) and "CUDA" in str(error)
-            if isinstance(error, torch.AcceleratorError) or (is_cuda and not isinstance(error, torch.OutOfMemoryError)):
-                raise
-            log.error("a step failed", exc_info=error)
-            return self.llm.drop_step(STEP_FAILED)
-
     def _post(self, news, sets_pace=False):
         def deliver():
             for job, item in news:
                 job.deliver(item)
-            if sets_pace:  # whatever the loop has done since the last time, it had to do: this is how long it may rest now
+            if sets_pace:  # by what the loop has spent since the last time, on this and all else, it rests now
                 before, self.loop_seconds = self.loop_seconds, time.thread_time()
                 self.next_due = time.perf_counter() + min(STREAM_GAP, (self.loop_seconds - before) / STREAM_SHARE)
 
@@ -2469,8 +2469,8 @@ class Choice:
         self._held: list[tuple[int, dict | None, int]] = []  # (token, log-probabilities, where in the text it starts)
 
     def take(self, updates: list[Update]) -> tuple[str, list[tuple]]:
-        """The text that these add and the tokens that it shows. Tokens wait for their text: it may be held back because
-        a stop string could be starting, and then they would give away what the text does not.
+        """The text that these add, and its tokens. A token waits for its text: if that is held back, because a stop string
+        could be starting, the token must not give it away.
         """
         text, self._echo = self._echo + "".join(update.text for update in updates), ""
         self._num_chars += len(text)
@@ -2501,7 +2501,7 @@ class Answer:
             if job.echo:
                 echo = source if isinstance(source, str) else tokenizer.decode(source)
                 shown = b"".join(tokenizer.token_bytes(token) for token in prompt if token not in tokenizer.special_ids)
-                # It may lack the space that its tokens begin with. Where it ends is where the output starts.
+                # The echo may lack the space that its tokens begin with, so count back from its end.
                 start = len(echo) - len(shown.decode("utf-8", "replace"))
             self.choices += [Choice(tokenizer, echo, start) for _ in range(job.params.n)]
 
@@ -2582,8 +2582,8 @@ class Answer:
 class Connection(asyncio.Protocol):
     """One client's connection: HTTP/1.1, strictly, one request after the other.
 
-    The loop calls when something happens, a task reads and answers. It waits for its client in one place, `_until`, and
-    while it waits for the engine or a thread, the client is watched.
+    The event loop calls the first methods when something happens; a task, `run`, reads and answers. It waits for its
+    client in one place, `_until`; while it waits for the engine or a thread instead, the client is watched.
     """
 
     REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/1\.([01])")
@@ -2593,10 +2593,11 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, server: Server):
         self.server, self.received = server, bytearray()
-        self.has_left = self.is_lost = False  # it sends no more; it can not be written to either
-        self.is_full = self.is_watched = self.is_late = False
-        self.keep_alive = self.is_idle = True
-        self.is_head = self.is_http10 = self.is_streaming = self.is_unread = False
+        self.has_left = self.is_lost = False  # it sends no more; it cannot be written to either
+        self.is_full = self.is_late = False  # it has much to read before more is written; `_until` has waited long enough
+        self.is_watched = self.is_unread = False  # see `watch`; it has sent, or will, what is not going to be read
+        self.keep_alive = self.is_idle = True  # another request may come; none is being read or answered
+        self.is_head = self.is_http10 = self.is_streaming = False  # the request's method and version; its answer's state
         self.arrived, self.length = 0.0, 0  # of its request's body: when it was there, and its bytes
         self._change = server.loop.create_future()  # what the task waits for
 
@@ -2613,7 +2614,7 @@ class Connection(asyncio.Protocol):
             self.keep_alive, self.is_unread = False, True
             return
         self.received += data
-        if len(self.received) > MAX_HEAD + self.server.max_body:  # enough to answer something
+        if len(self.received) > MAX_HEAD + self.server.max_body:  # more than any request
             self.transport.pause_reading()
         self._wake()
 
@@ -2622,7 +2623,7 @@ class Connection(asyncio.Protocol):
         if self.is_watched:
             self.task.cancel()
         self._wake()
-        return True  # it may still read
+        return True  # True: leave it open, it may still read
 
     def connection_lost(self, error: Exception | None) -> None:
         self.is_lost, self.is_full = True, False
@@ -2677,11 +2678,11 @@ class Connection(asyncio.Protocol):
             pass  # the client has left or sleeps, or the server stops
         finally:
             self.server.connections.pop(self.task, None)
-            if not self.is_lost:  # asyncio can not abort what has closed after its last byte was sent
+            if not self.is_lost:  # asyncio cannot abort what has closed after its last byte was sent
                 self.transport.abort()
 
     async def _until(self, condition, seconds=math.inf):
-        """Wait for what the loop's calls bring about. asyncio.TimeoutError if it does not come in time."""
+        """Wait until the event loop's calls make the condition true. asyncio.TimeoutError if that takes too long."""
         if condition():
             return
         self.is_late = False
@@ -2696,7 +2697,7 @@ class Connection(asyncio.Protocol):
             timer.cancel()
 
     async def send(self, data: bytes) -> None:
-        """Write, and wait as long as the client has much to read; for `timeout` at most, then it is given up."""
+        """Write, and wait while the client has much to read. asyncio.TimeoutError after `timeout` seconds."""
         if self.is_lost:
             raise ConnectionResetError
         self.transport.write(data)
@@ -2728,8 +2729,8 @@ class Connection(asyncio.Protocol):
             await self.send(data)
 
     def watch(self) -> None:
-        """From now until its answer is written, or the end of its stream, the client's leaving cancels the task. One that
-        sends ahead of the answer is heard no further.
+        """From now until its answer is written, or the end of its stream, the client's leaving cancels the task. What it
+        sends before that is dropped, and the connection closes after the answer.
         """
         if self.has_left:
             raise EOFError
@@ -2739,8 +2740,7 @@ class Connection(asyncio.Protocol):
             self.transport.resume_reading()
 
     async def read(self, function: Callable, *args):
-        """function(*args) in a thread, unless the body is short: what takes long must not keep the loop from all others. Its
-        client is watched meanwhile.
+        """function(*args) in a thread, with the client watched, unless the body is short: the loop is for all clients.
 
         Whatever a client can get wrong is found out in here. A ValueError anywhere else is the server's own.
         """
@@ -2752,7 +2752,7 @@ class Connection(asyncio.Protocol):
             return await self.server.loop.run_in_executor(thread, function, *args)
         except ValueError as error:
             raise HTTPError.refusal(error) from None
-        except RecursionError:  # in reading or in quoting it
+        except RecursionError:  # in parsing it, or in quoting it in a message
             raise HTTPError(400, "body: is nested too deeply") from None
 
     async def _answer(self):
@@ -2859,7 +2859,7 @@ def to_json(value) -> bytes:
     return _JSON.encode(value).encode()
 
 
-def open_files() -> float:
+def max_open_files() -> float:
     """How many files and sockets this process may have open."""
     try:
         import resource  # Unix only
@@ -2885,9 +2885,9 @@ class Server(contextlib.AbstractContextManager):
                 raise ValueError(f"{name}: must be a whole number from {least} on, got {value!r}")
         if not 0 < timeout < math.inf:
             raise ValueError(f"timeout: must be a number of seconds above 0, got {timeout!r}")
-        if max_connections > (room := open_files() - SPARE_FILES):
+        if max_connections > (room := max_open_files() - SPARE_FILES):
             max_connections = max(1, room)
-            log.info(f"this process may open {open_files()} files (ulimit -n): at most {max_connections} connections")
+            log.info(f"this process may open {max_open_files()} files (ulimit -n): at most {max_connections} connections")
         self.llm, self.model_name, self.api_key = llm, model_name, api_key
         self.max_samples, self.max_body = llm.scheduler.max_batch_requests + max_queue, max_body
         self.max_connections, self.timeout = max_connections, timeout
@@ -2895,7 +2895,7 @@ class Server(contextlib.AbstractContextManager):
         self.connections: dict[asyncio.Task, Connection] = {}
         self.is_stopping = False
         self.events: queue.SimpleQueue[str] = queue.SimpleQueue()  # "fatal", and what a signal handler puts there
-        # path: (what makes something of a POST's object, and may raise ValueError; what answers with it)
+        # path: (what parses a POST's object, and may raise ValueError; what answers with the result)
         self.routes: dict[str, tuple[Callable | None, Callable]] = {
             "/v1/completions": (functools.partial(self._read_job, is_chat=False), self._complete),
             "/v1/chat/completions": (functools.partial(self._read_job, is_chat=True), self._complete),
@@ -2904,7 +2904,7 @@ class Server(contextlib.AbstractContextManager):
             "/stats": (None, self._stats), "/": (None, self._page), "/events": (None, self._events)}
         if teach:
             self.routes["/engine"] = (self._control, Connection.respond)
-        self._looking: asyncio.Task | None = None  # the look that all watchers wait for
+        self._looking: asyncio.Task | None = None  # the `_look` that all pages wait for
         self._event, self._shown, self._next_look, self._next_beat = b"", None, 0.0, 0.0
         started: concurrent.futures.Future = concurrent.futures.Future()
         release_threads()  # this thread's; from now on the engine thread computes
@@ -2966,7 +2966,7 @@ class Server(contextlib.AbstractContextManager):
         await asyncio.gather(*self.connections, return_exceptions=True)
 
     def route(self, method: str, path: str, headers: dict[str, str]) -> tuple[Callable | None, Callable]:
-        """What reads and what answers a request that may be made. Only /health and the page itself are for everybody."""
+        """What parses and what answers a request, if it is allowed. Only /health and the page itself need no key."""
         if self.api_key and path not in ("/health", "/"):
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self.api_key.encode()):
@@ -2997,7 +2997,7 @@ class Server(contextlib.AbstractContextManager):
             job.arrived = connection.arrived  # since then its body may have waited for a thread
             await connection.read(job.tokenize, self.llm)
             self.engine.commands.put(lambda: self.engine.add(job))
-            updates = await job.take()  # until then an error has a status of its own
+            updates = await job.take()  # up to here an error has a status of its own
             answer = Answer(job, self.model_name, self.llm.tokenizer)
             if job.stream:
                 events = answer.opening() + answer.chunks(updates)
@@ -3012,7 +3012,7 @@ class Server(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def _admitted(self, job):
-        """A place for each of the job's samples, if there is room for them; whatever happens, none is left behind."""
+        """Room for the job's samples while it is served, or HTTPError 429 or 503. Whatever happens, it is given back."""
         if self.is_stopping:
             raise HTTPError(503, "the server is stopping")
         if self.num_samples + job.num_samples > self.max_samples:
@@ -3053,7 +3053,7 @@ class Server(contextlib.AbstractContextManager):
         return {"prompt": self.llm.tokenizer.decode(tokens, False)}
 
     async def _health(self, connection):
-        state = "stopping" if self.is_stopping else "failed" if self.engine.over else "ok"
+        state = "stopping" if self.is_stopping else "failed" if self.engine.end_reason else "ok"
         await connection.respond({"status": state}, 200 if state == "ok" else 503)
 
     async def _stats(self, connection):
@@ -3085,7 +3085,7 @@ class Server(contextlib.AbstractContextManager):
     async def _page(self, connection):
         """The page. It is for everybody and holds no secret; what it shows it has to ask for, with the key."""
         try:
-            html = PAGE.read_text(encoding="utf-8")  # each time, so that who changes it sees it
+            html = PAGE.read_text(encoding="utf-8")  # each time, so that a change to it shows
         except OSError:
             return await connection.respond("This is nanoserve, and it works. Its page is tutorial/page.html of the "
                                             "repository, which was not installed along.\n")
@@ -3105,7 +3105,7 @@ class Server(contextlib.AbstractContextManager):
             "model": self.model_name, "about": llm.describe(), "num_blocks": llm.pool.num_blocks,
             "block_size": llm.pool.block_size, "max_batch_requests": llm.scheduler.max_batch_requests,
             "has_chat": bool(llm.tokenizer.chat_template), "teach": "/engine" in self.routes}])
-        while not self.engine.over or not seen:
+        while not self.engine.end_reason or not seen:
             if self._looking is None or self._looking.done():
                 self._looking = asyncio.create_task(self._look())
             event = await asyncio.shield(self._looking)  # the others wait for it too
@@ -3147,15 +3147,15 @@ def render_metrics(stats: dict[str, int], engine: EngineThread, responses: Count
 
     for key, name, kind, about in (
             ("waiting", "requests_waiting", "gauge", "Requests in the queue."),
-            ("running", "requests_running", "gauge", "Requests that share the steps."),
+            ("running", "requests_running", "gauge", "Requests that are running."),
             ("connections", "connections", "gauge", "Open connections."),
             ("admitted_prompt_tokens", "prompt_tokens_total", "counter", "Tokens of the prompts that were accepted."),
             ("output_tokens", "output_tokens_total", "counter", "Tokens generated."),
             ("hit_tokens", "prefix_hit_tokens_total", "counter", "Tokens found in the prefix cache."),
             ("steps", "steps_total", "counter", "Steps of the engine."),
             ("preemptions", "preemptions_total", "counter", "Requests that lost their blocks and were queued again."),
-            ("finished", "requests_finished_total", "counter", "Samples that came to their end."),
-            ("aborted", "requests_aborted_total", "counter", "Samples that did not."),
+            ("finished", "requests_finished_total", "counter", "Samples that came to their own end."),
+            ("aborted", "requests_aborted_total", "counter", "Samples that were aborted."),
             ("failed", "requests_failed_total", "counter", "Samples that an error ended.")):
         metric(name, kind, about, f"nanoserve_{name} {stats[key]}")
     metric("kv_blocks", "gauge", "Blocks of the KV cache by state; cached ones are free, but match a prefix.",
@@ -3190,7 +3190,7 @@ def serve(llm: LLM, host: str = "127.0.0.1", port: int = 0, **options) -> Server
 
 _QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "rms_norm_eps": 1e-6,
           "tie_word_embeddings": True, "rope_theta": 1e6}
-# config.json of shapes that are measured with random weights. Facts from the published configurations.
+# config.json of models that are measured with random weights. Facts from the published configurations.
 SHAPES = {
     "gpt2": {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12,
              "n_head": 12, "n_positions": 1024, "activation_function": "gelu_new"},
@@ -3242,28 +3242,28 @@ def workload(name: str, count: int, seed: int = 0, *, scale: float = 1, rate: fl
     Gaps between arrivals have the coefficient of variation `burst`: 1 is Poisson, more is burstier (a gamma distribution,
     as BurstGPT arXiv:2401.17644 fits to its traces). Lengths are divided by `scale`; prompt and output together are at most
     `longest`. With `uniform`, ((least, most) of the prompts, the same of the outputs), they lie between these bounds.
-    "agents" take turns: a prompt is what the agent asked before, so many tokens as it was told, and a tool's result. (All
-    turns are known beforehand, so random tokens stand for what it was told, and only prompts are prefixes.) Survey A VI.C.
+    "agents" ask AGENT_TURNS times each: a prompt is the agent's last one, its answer, and a tool's result. (All turns are
+    known beforehand, so random tokens stand for the answers, and only prompts are prefixes.) Survey A VI.C.
     """
     for option, value, low, high in (("scale", scale, 1e-3, 1e6), ("rate", rate, 1e-6, math.inf),
                                      ("burst", burst, 1e-3, 1e3)):
         if not low <= value <= high:
             raise ValueError(f"{option}: must be a number from {low:g} to {high:g}, got {value}")
-    rng, at, found = random.Random(seed if uniform else f"{name} {seed}"), 0.0, []
-    agents = -(-count // AGENT_TURNS) if name == "agents" else count
+    rng, at, arrivals = random.Random(seed if uniform else f"{name} {seed}"), 0.0, []
+    agents = -(-count // AGENT_TURNS) if name == "agents" else count  # that many texts
     for i in range(count):
         at += rng.gammavariate(1 / burst**2, burst**2 / rate) if rate < math.inf else 0.0
         prompt, output = (rng.randint(*bounds) for bounds in uniform) if uniform else (
             max(1, round(rng.lognormvariate(math.log(median / scale), sigma))) for median, sigma in WORKLOADS[name])
         if i >= agents:
-            prompt += found[i - agents].prompt + found[i - agents].output
+            prompt += arrivals[i - agents].prompt + arrivals[i - agents].output
         output = min(output, longest // 2)
-        found.append(Arrival(at, min(prompt, longest - output), output, i % agents))
-    return found
+        arrivals.append(Arrival(at, min(prompt, longest - output), output, i % agents))
+    return arrivals
 
 
 def token_ids(count: int, seed, vocab: int) -> list[int]:
-    """Random tokens, without the first few, which mean something."""
+    """Random tokens, without the first few, which are often special."""
     rng = random.Random(f"tokens {seed}")
     return [rng.randrange(min(16, vocab // 2), vocab) for _ in range(count)]
 
@@ -3302,10 +3302,10 @@ def measure_roofline(dtype: torch.dtype, device: torch.device) -> tuple[float, f
 
 
 def num_weights(c: ModelConfig) -> tuple[int, int]:
-    """How many weights are multiplied: (with every token, only with those that the next one is sampled after).
+    """How many weights are multiplied: (with every token, only with tokens after which one is sampled).
 
-    The latter are the output layer, and what comes behind attention in the last layer: `GPT.forward` drops the other rows
-    there. Of experts as many count as a token has.
+    The latter are the output layer, and what follows attention in the last layer: `GPT.forward` drops the other rows
+    there. Of the experts, as many count as a token uses.
     """
     used = [p for p in parameters(c) if len(p.shape) > 1 and p.name not in ("embed", "position_embed", "head")
             and (p.expert is None or p.expert < c.experts_per_token)]
@@ -3325,7 +3325,7 @@ class Roofline:
         self.body, self.head = num_weights(c)
         self.kv_bytes = KVCache.bytes_per_block(c.num_layers, 1, c.num_kv_heads, c.head_dim, llm.cache.data.itemsize)
         self.per_pair = 4 * c.num_heads * c.head_dim * c.num_layers
-        self.pack, llm.pack = llm.pack, self._watch
+        self.pack, llm.pack = llm.pack, self._watch  # each step's plan goes through it
 
     def cost(self, plan: list[tuple[Request, int]]) -> tuple[float, float]:
         """(bytes, FLOPs) of a step that brings each request of the plan n tokens forward.
@@ -3353,8 +3353,8 @@ class Roofline:
 
 
 def run_workload(llm: LLM, work: list[tuple[float, list[int], int]]) -> dict:
-    """Run [(seconds from now, prompt, output tokens), ...] greedily. Seconds it took, and those of them without any request;
-    samples of TTFT, since a request was due, and of ITL.
+    """Run [(seconds from now, prompt, output tokens), ...] greedily. Returns the seconds it took, those of them without any
+    request ("idle"), and every TTFT (counted from when the request was due) and ITL.
     """
     start, due, last = time.perf_counter(), {}, {}  # of each request, when it was due and when it got its last token
     first_token, gaps, idle = [], [], 0.0
@@ -3363,7 +3363,7 @@ def run_workload(llm: LLM, work: list[tuple[float, list[int], int]]) -> dict:
             _, prompt, tokens = work[len(due)]
             due[llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))] = at
         if not llm.has_work():
-            rest = max(0.0, at - time.perf_counter())
+            rest = max(0.0, at - time.perf_counter())  # until the next request is due
             time.sleep(rest)
             idle += rest
             continue
@@ -3400,8 +3400,8 @@ class TransformersPeer:
                                                             max_requests_per_batch=len(work), allow_block_sharing=False)
 
     def run(self, count: int | None = None) -> float:
-        """Seconds for all of it, or the first `count`. Its thread lives only meanwhile: idle, it would take time from
-        whoever is measured.
+        """Seconds for all of it, or the first `count`. Its thread ends with it: even idle it would slow down the other
+        engine, when that is measured.
         """
         manager = self.model.init_continuous_batching(self.generation, self.config)
         manager.start()
@@ -3423,7 +3423,7 @@ class TransformersPeer:
                 raise RuntimeError("transformers' generation thread ended early")
 
 
-def named_workload(args: argparse.Namespace, longest: int, vocab: int) -> list[tuple[float, list[int], int]]:
+def workload_from(args: argparse.Namespace, longest: int, vocab: int) -> list[tuple[float, list[int], int]]:
     """What bench's options ask for, as `run_workload` takes it; requests of at most `longest` tokens."""
     more = {"uniform": (args.input_len, args.output_len)} if args.workload == "uniform" else {"longest": longest}
     jobs = workload(args.workload, args.requests, args.seed, scale=args.scale, rate=args.rate, burst=args.burst, **more)
@@ -3444,27 +3444,27 @@ def bench(args: argparse.Namespace) -> None:
     bandwidth, flops = measure_roofline(dtype, device)  # first, so that its buffers do not count as the engine's
     model = None if folder else GPT(config, dtype, device, args.max_model_len, args.quantize).randomize(args.seed)
     if args.compare and device.type == "cuda" and args.kv_memory is None:
-        args.kv_memory = 0.35  # the other's cache, of all requests at once, has to fit in beside ours
+        args.kv_memory = 0.35  # the peer's cache, of all requests at once, has to fit in beside ours
     llm = make_llm(args, model)
     vocab = llm.model.config.vocab_size
-    work = nano_vllm_workload(vocab, args.seed) if args.nano_vllm else named_workload(args, llm.longest_request, vocab)
+    work = nano_vllm_workload(vocab, args.seed) if args.nano_vllm else workload_from(args, llm.longest_request, vocab)
     num_in, num_out = sum(len(prompt) for _, prompt, _ in work), sum(tokens for *_, tokens in work)
-    come = f"over {work[-1][0]:.1f} s" if work[-1][0] else "all submitted at once"
-    print(f"{llm.describe()}\n{len(work)} requests, {num_in:,} tokens in, {num_out:,} out, greedy, {come}")
+    when = f"over {work[-1][0]:.1f} s" if work[-1][0] else "all submitted at once"
+    print(f"{llm.describe()}\n{len(work)} requests, {num_in:,} tokens in, {num_out:,} out, greedy, {when}")
     peer = None
     if args.compare:
         peer = TransformersPeer(shape, dtype, device, work)
         peer.run(max(2, len(work) // 4))  # warm up
     print(f"this machine, now: {bandwidth / 1e9:.1f} GB/s copying, {flops / 1e9:,.0f} GFLOP/s multiplying")
     run_workload(llm, work[: max(2, len(work) // 4)])  # warm up: allocations, first use of kernels
-    runs, theirs, floor, before = [], [], 0.0, llm.stats()
+    runs, peer_seconds, floor, before = [], [], 0.0, llm.stats()
     for _ in range(args.runs):
         llm.pool.forget()  # the same prompts again would all be prefix hits
         roofline = Roofline(llm, bandwidth, flops)
         runs.append(run_workload(llm, work))
         floor = roofline.close()
         if peer:
-            theirs.append(peer.run())
+            peer_seconds.append(peer.run())
     seconds = statistics.median(run["seconds"] for run in runs)
     busy = statistics.median(run["seconds"] - run["idle"] for run in runs)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
@@ -3487,8 +3487,8 @@ def bench(args: argparse.Namespace) -> None:
         print(f"prefix hits {new['hit_tokens'] / (args.runs * num_in):.1%} of the prompts")
     print(f"roofline    {100 * floor / busy:.0f} % (the work's floor on this machine is {num_out / floor:,.0f} tok/s)")
     print(f"peak memory {peak:.2f} GiB" + (" (with the peer's)" if peer and device.type != "cuda" else ""))
-    if theirs:
-        other = statistics.median(theirs)
+    if peer:
+        other = statistics.median(peer_seconds)
         print(f"transformers {num_out / other:,.0f} tok/s: {other / seconds:.2f} times as long")
 
 
@@ -3509,12 +3509,12 @@ Each takes --model FOLDER or hub name (default: the small model that comes along
 
 
 def options_of(kind: type, args: argparse.Namespace) -> dict:
-    """Those of the command line's options that are arguments of a class, by their names."""
+    """The command line's options that are also arguments of this class, as keyword arguments."""
     return {name: getattr(args, name) for name in inspect.signature(kind.__init__).parameters if hasattr(args, name)}
 
 
 def make_llm(args: argparse.Namespace, model: GPT | None = None) -> LLM:
-    """An LLM from the command line's options; a model that is there already has its own device, dtype and low bits."""
+    """An LLM from the command line's options; a `model` that is given has its own device, dtype and low-bit weights."""
     options = options_of(LLM, args)
     if model:
         options |= {"model": model, "device": "auto", "dtype": "auto", "quantize": None}
@@ -3540,7 +3540,7 @@ def parse_memory(text: str) -> float | int:
 
 
 def at_least(least: int | float) -> Callable[[str], int | float]:
-    """What reads a number of the same type from `least` on."""
+    """A parser of numbers from `least` on, of its type."""
     def read(text):
         with contextlib.suppress(ValueError):
             if least <= (number := type(least)(text)) < math.inf:
@@ -3654,7 +3654,7 @@ def chat(args: argparse.Namespace) -> None:
             return print()
         if line == "/new":
             messages.clear()
-        if not line or line == "/new":
+        if line in ("", "/new"):
             continue
         messages.append({"role": "user", "content": line})
         longest = llm.max_model_len - (params.max_tokens or 64)
@@ -3686,7 +3686,7 @@ def finished_results(out: Path, prompts: list[str]) -> set[int]:
         try:
             record = json.loads(line)
         except ValueError:
-            is_cut = line.startswith(beginning) or beginning.startswith(line)  # or nothing, behind the last newline
+            is_cut = line.startswith(beginning) or beginning.startswith(line)  # or empty: the file ends with a newline
             if number == len(lines) and is_cut:
                 del lines[-1]
                 break
@@ -3738,7 +3738,7 @@ def generate_file(args: argparse.Namespace) -> None:
 def serve_until_signal(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT, then finish what runs. Returns 0, or 1 if the engine failed."""
     llm = make_llm(args)
-    # A folder's own name: the way to it is nobody's business.
+    # Of a folder the name only: where it lies is nobody's business.
     name = args.model or "nanoserve"
     name = Path(name).resolve().name if Path(name).is_dir() else name
     gc.freeze()  # what is here stays: collecting garbage need not look at it again
@@ -3754,7 +3754,7 @@ def serve_until_signal(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command `nanoserve`. Returns the exit code: 0, 1 if a server's engine failed, 2 for what the user can mend, 130
+    """The command `nanoserve`. Returns the exit code: 0, 1 if a server's engine failed, 2 if the input was wrong, 130
     after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -3781,7 +3781,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, `nanoserve ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"nanoserve: {error.filename or name}: {error.strerror}", file=sys.stderr)
+        print(f"nanoserve: {error.filename or name}: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0
 

@@ -130,6 +130,15 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(options, argv, messa
     assert last.startswith("nanoserve: ") and re.search(message, last)
 
 
+def test_an_error_of_the_system_without_a_number_is_told_too(monkeypatch, capsys):
+    """Not every OSError has a `strerror`: a time-out, or what a library raises in its own words."""
+    def fail(args):
+        raise OSError("the tape is full")
+
+    monkeypatch.setattr(nanoserve, "complete", fail)
+    assert main(["hi"]) == 2 and capsys.readouterr().err == "nanoserve: complete: the tape is full\n"
+
+
 def test_a_command_that_does_not_come_first_is_no_prompt(capsys):
     with pytest.raises(SystemExit) as exit:
         nanoserve.main(["--temperature", "0", "chat"])

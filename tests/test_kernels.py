@@ -514,14 +514,14 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 def test_packing_loses_nothing(monkeypatch):
     one = kernels.pack_weight(randn(1, 3, 2, dtype=BF16))
-    assert not isinstance(one, kernels.PanelWeight) or one.plain().shape == (3, 2)
+    assert not isinstance(one, kernels.PanelWeight) or one.unpack().shape == (3, 2)
     one = randn(1, 64, 1, dtype=BF16).T  # a single output, whose stride torch leaves at 1, takes no pairs as it lies
-    assert torch.equal(kernels.PanelWeight.pack(one).plain(), one)
+    assert torch.equal(kernels.PanelWeight.pack(one).unpack(), one)
     for outputs, inputs in ((1, 64), (33, 64), (64, 192)):
         for weight, dtype in weights_of_all_kinds(outputs, inputs):
             monkeypatch.setattr(kernels, "use_cpp", False)
             x = randn(1, 3, inputs, dtype=dtype)
-            plain = weight.plain() if isinstance(weight, kernels.PanelWeight) else weight
+            plain = weight.unpack() if isinstance(weight, kernels.PanelWeight) else weight
             assert torch.equal(kernels.linear(x, weight), kernels.linear(x, plain))
             if isinstance(plain, kernels.LowBitWeight):
                 assert plain.shape == (outputs, inputs) and plain.scales.dtype == BF16
@@ -697,20 +697,20 @@ def test_what_was_built_is_kept(monkeypatch, fresh):
             file.write("code")
 
     monkeypatch.setattr(kernels.subprocess, "run", fake)
-    first = kernels._build("c++", "float")
+    first = kernels._build_cpu_source("c++", "float")
     assert first.parent == fresh / "nanoserve" and first.read_text() == "code"
-    assert kernels._build("c++", "float") == first and len(builds) == 1
+    assert kernels._build_cpu_source("c++", "float") == first and len(builds) == 1
     assert "-DT=float" in builds[0]
-    others = {kernels._build("c++", "bf16"), kernels._build("clang++", "float")}
+    others = {kernels._build_cpu_source("c++", "bf16"), kernels._build_cpu_source("clang++", "float")}
     monkeypatch.setattr(kernels, "CPU_SOURCE", kernels.CPU_SOURCE + "// changed")
-    others.add(kernels._build("c++", "float"))
+    others.add(kernels._build_cpu_source("c++", "float"))
     assert len(others | {first}) == 4 and len(builds) == 4
     assert sorted(p.name for p in first.parent.iterdir()) == sorted(p.name for p in others | {first})
 
 
 def test_a_damaged_build_is_not_fatal(monkeypatch, fresh):
     """A library in the cache folder that can not be loaded costs a warning, not the run."""
-    monkeypatch.setattr(kernels, "_build", lambda *args: fresh / "broken.so")
+    monkeypatch.setattr(kernels, "_build_cpu_source", lambda *args: fresh / "broken.so")
     (fresh / "broken.so").write_text("not a library")
     monkeypatch.setenv("CXX", "c++")
     with pytest.warns(UserWarning, match="broken.so"):

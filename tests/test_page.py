@@ -303,7 +303,7 @@ def test_slow_motion_waits_between_steps(serving):
     call(server, "/engine", {"delay": 60})
     thread, answers = asking(server, max_tokens=5)
     until(lambda: llm.stats()["steps"] == 1)
-    assert call(server, "/stats")[2]["steps"] == 1 and server.engine._rest() > 30
+    assert call(server, "/stats")[2]["steps"] == 1 and server.engine._seconds_to_step() > 30
     call(server, "/engine", {"delay": 0})
     thread.join(PATIENCE)
     assert answers[0][2]["usage"]["completion_tokens"] == 5

@@ -422,8 +422,8 @@ def test_what_is_refused_is_named(server, fields, status, param, streamed):
     ({"max_completion_tokens": 5, "max_tokens": 6}, "max_completion_tokens"), ({"top_logprobs": 2}, "top_logprobs"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"), ({"logprobs": 3}, "logprobs"), ({"echo": True}, "echo"),
     ({"logprobs": True, "top_logprobs": 1.0}, "top_logprobs"), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    ({"response_format": {"type": "json_object"}},
-                                                                "response_format")], ids=str)
+    ({"logprobs": True, "top_logprobs": ""}, "top_logprobs"), ({"logprobs": True, "top_logprobs": False}, "top_logprobs"),
+    ({"response_format": {"type": "json_object"}}, "response_format")], ids=str)
 def test_what_a_chat_refuses(server, fields, param):
     status, _, answer = call(server, "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], **fields})
     assert (status, answer["error"]["param"]) == (400, param)
@@ -526,7 +526,7 @@ def test_limits_that_are_none_on_the_command_line(option, monkeypatch, capsys):
 
 def test_no_more_connections_than_files(monkeypatch, caplog):
     """Or accepting would fail, for everybody."""
-    monkeypatch.setattr(nanoserve, "open_files", lambda: 100)
+    monkeypatch.setattr(nanoserve, "max_open_files", lambda: 100)
     caplog.set_level("INFO")
     with serve(make()) as server:
         assert server.max_connections == 36 and "at most 36 connections" in caplog.text
@@ -1272,7 +1272,7 @@ def test_stopping_before_a_text_is_tokenized(serving, monkeypatch, path):
     assert entered.wait(PATIENCE)
     closing = threading.Thread(target=server.close, args=(0.01,))
     closing.start()
-    until(lambda: server.engine.over)
+    until(lambda: server.engine.end_reason)
     go.set()
     client.join(PATIENCE)
     closing.join(PATIENCE)

@@ -26,7 +26,7 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
     sees the keys up to there; with a `window` only the last `window` of them, itself included. Query head h reads
     key/value head h // (Hq // Hkv). Softmax in at least float32. Survey A III.A · B 3.2.3, 3.2.5. (arXiv:2309.06180)
 
-    An int8 cache is never widened in memory: all of a key has one scale, so its score is multiplied by that instead, and
-    the probability by the scale of the value that it weighs.
+    An int8 cache needs no dequantized copy: a key has one scale, so its score is multiplied by that instead, and the
+    probability by the scale of the value that it weighs.
     """
     raise NotImplementedError
