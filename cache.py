@@ -43,16 +43,16 @@ class BlockPool:
         self.free = OrderedDict.fromkeys(range(1, num_blocks))  # an ordered set: least recently freed first
         # The prefix index is a tree of blocks. Every published content gets a number of its own, never used again;
         # a child's key names its parent by that number rather than by the parent's block, which may be recycled.
-        self.index: dict[tuple, int] = {}  # (parent content, tokens of the block) -> block
-        self.key: list[tuple | None] = [None] * num_blocks  # the key a block was published under
-        self.content: list[int | None] = [None] * num_blocks  # the number of what a block contains
+        self.index: dict[tuple, int] = {}  # (content of the parent, or ("root", root); tokens) -> block
+        self.key: list[tuple | None] = [None] * num_blocks  # by block: the key it was published under
+        self.content: list[int | None] = [None] * num_blocks  # by block: the number of its content
         self._numbers = count(1)
         self.num_host_slots, self.free_slots = num_host_slots, list(range(num_host_slots))
         # Due before the next step runs, see `take_moves`:
         self.swaps_out: dict[int, int] = {}  # host slot -> block
         self.copies: dict[int, int] = {}  # copy-on-write: destination -> source
         self.swaps_in: dict[int, int] = {}  # block -> host slot
-        self._read_slots: list[int] = []  # free once the swaps due were made
+        self._read_slots: list[int] = []  # free once the swaps due have been made
 
     @property
     def num_usable(self) -> int:
@@ -80,7 +80,7 @@ class BlockPool:
             raise IndexError("no free block")
         block, _ = self.free.popitem(last=False)
         self._unindex(block)
-        self.swaps_in.pop(block, None)  # of a step that failed: for an owner that is gone
+        self.swaps_in.pop(block, None)  # due for an owner that is gone
         self.content[block] = None
         self.refs[block] = 1
         return block
@@ -99,15 +99,15 @@ class BlockPool:
                 self.copies.pop(block, None)
 
     def trim(self, table: list[int], num_tokens: int) -> None:
-        """Undo `extend`: give back what lies beyond `num_tokens` tokens, blocks that nobody shares or has published.
+        """Undo `extend`: give back the blocks beyond `num_tokens` tokens, which must be unshared and unpublished.
 
         They go to the head of the free list, where they came from: they hold nothing that could be found again, so
         whoever needs a block next takes them before anything that still matches a prefix.
         """
         while len(table) > self.blocks_for(num_tokens):
-            self.refs[table[-1]] = 0
-            self.free[table[-1]] = None
-            self.free.move_to_end(table.pop(), last=False)
+            block = table.pop()
+            self.refs[block], self.free[block] = 0, None
+            self.free.move_to_end(block, last=False)
 
     def blocks_missing(self, table: list[int], start: int, end: int) -> int:
         """How many free blocks `extend` would take to let tokens `start .. end-1` be written through `table`."""
@@ -128,8 +128,8 @@ class BlockPool:
             table.append(self.allocate())
 
     def swap_out(self, blocks: list[int]) -> list[int]:
-        """Host slots that these blocks will be copied to, before the next step; none if there are too few, or if one of
-        the blocks is itself still to be filled.
+        """Host slots that these blocks will be copied to before the next step; [] if too few are free, or if one of the
+        blocks has yet to be filled itself.
         """
         if len(blocks) > len(self.free_slots) or not self.swaps_in.keys().isdisjoint(blocks):
             return []
@@ -139,7 +139,7 @@ class BlockPool:
         return slots
 
     def swap_in(self, slots: list[int], blocks: list[int]) -> None:
-        """Fill these blocks from the last of these slots, one each, before the next step; then all the slots are free."""
+        """Before the next step, fill the blocks from the last of the slots (prefix hits spare the rest); then free all."""
         self.swaps_in.update(zip(blocks, slots[len(slots) - len(blocks) :]))
         self._read_slots += slots
 
@@ -201,7 +201,7 @@ class BlockPool:
             self._unindex(block)
 
     def _unindex(self, block):
-        # The index may meanwhile point at another block with the same content: only *this* block's entry goes.
+        # The index may point at another block with the same content: only *this* block's entry goes.
         if self.index.get(self.key[block]) == block:
             del self.index[self.key[block]]
         self.key[block] = None
@@ -230,13 +230,13 @@ class BlockPool:
 class KVCache:
     """The tensors: for every layer keys and values of shape [num_blocks, block_size, kv_heads, head_dim].
 
-    dtype torch.int8: also their scales, [num_blocks, kv_heads, block_size] bfloat16, one per token and head. A head's scales
-    of a block are neighbours, so that 16 of them are one access to memory. (bfloat16 reaches as far as float32, and as the
-    codes are made for the rounded scale, its few bits cost nothing.) Survey A III.C · B 3.2.1 · C KV Cache Optimization:
+    dtype torch.int8: also their scales, [num_blocks, kv_heads, block_size] bfloat16, one per token and head. The scales of a
+    head in a block are neighbours, so that 16 of them are one memory access. (bfloat16 has the range of float32, and its few
+    bits cost nothing, as values are quantized with the rounded scale.) Survey A III.C · B 3.2.1 · C KV Cache Optimization:
     Compression Techniques.
 
-    host: for each tensor main memory for so many blocks more, [num_host_slots, num_layers, 2, ...] and on as above. Beside
-    a GPU it is pinned, of which torch takes the next power of two bytes.
+    host: for each of these tensors, main memory for num_host_slots more blocks: [num_host_slots, num_layers, 2, ...]. With a
+    GPU it is pinned; torch rounds pinned memory up to a power of two bytes.
 
     Memory comes uninitialised, and from the operating system only when first written. Nothing ever reads a slot that
     was not written (attention stops at the context's end), so there is nothing to clear.
@@ -271,8 +271,8 @@ class KVCache:
 
     def move(self, swaps_out: dict[int, int], copies: dict[int, int], swaps_in: dict[int, int]) -> None:
         """Copy blocks to the host, {slot: block}, then blocks to others, {destination: source}, all read before any is
-        written, then slots from the host, {block: slot}. In this order, as a block that is read may have been given up
-        since, and be filled again by what comes later. Survey B 3.2.3.
+        written, then slots from the host, {block: slot}. In this order, because a block that is read may have a new owner
+        by now, for whom a later move fills it. Survey B 3.2.3.
         """
         for tensor, host in zip(self.tensors, self.host):
             for slot, block in swaps_out.items():

@@ -14,7 +14,7 @@ there for (`LLM.step`):
                               ▲         │                     Batch(tokens, positions, slots,
                               └── sample(logits) ◄── GPT ◄──        block_tables, context_lens, query_start, rows)
 
-Behind it come the HTTP server (`serve`), measuring (`bench`) and the command line. The maths is in kernels.py, the memory in
+After it come the HTTP server (`serve`), measuring (`bench`) and the command line. The maths is in kernels.py, the memory in
 cache.py, the queue in scheduler.py.
 
 Survey A II, IV.A · B 2.1, 2.3, 3.2 · C Background.
@@ -68,16 +68,16 @@ import kernels
 from cache import SCRATCH, BlockPool, KVCache
 from scheduler import FINISHED, POLICIES, RUNNING, Policy, Request, Scheduler, is_number
 
-# On a CPU, oneDNN and torch's layer over it compile a product for every number of rows they meet, and each keeps the last
-# 1,024 of them: hundreds of MB, and a server grows by them for hours. With the last 64 steps are as fast.
+# On a CPU, oneDNN and torch's layer over it compile a matrix product for every number of rows they meet, and each keeps the
+# last 1,024 of them: hundreds of MB, by which a server grows for hours. Steps are as fast with 64.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 log = logging.getLogger("nanoserve")
 DEFAULT_MODEL = Path(__file__).parent / "tutorial" / "model"
 DEFAULT_DRAFT = Path(__file__).parent / "tutorial" / "draft"
-LOW_BITS = {"int8": 8, "int4": 4}  # what weights can be quantized to: one scale per output; one per 32 inputs of it
-KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "int8": torch.int8}  # None: as the model computes
+LOW_BITS = {"int8": 8, "int4": 4}  # for weights; int8 has one scale per output row, int4 one per 32 weights of it
+KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "int8": torch.int8}  # None: the model's dtype
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -101,7 +101,7 @@ class ModelConfig:
     max_len: int  # tokens of context
     norm_eps: float
     rope: dict | None  # None: learned positions
-    windows: list[int]  # per layer, tokens that attention looks back on; 0 for all
+    windows: list[int]  # per layer, tokens that attention looks back on; 0: all
     tie_embeddings: bool
     qkv_bias: bool = False
     o_bias: bool = False
@@ -116,8 +116,8 @@ class ModelConfig:
     dtype: str = "float32"  # as stored
     eos_ids: tuple = ()
 
+    # Not fields: the `model_type`s that are supported, and the keys of config.json that must be positive integers.
     FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmoe")
-
     COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
               "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions", "num_experts", "num_local_experts",
               "num_experts_per_tok", "moe_intermediate_size")
@@ -150,9 +150,9 @@ class ModelConfig:
 
     @classmethod
     def _gpt2(cls, c):
-        refuse(c, "activation_function", "gelu_new", "gelu_pytorch_tanh")
-        refuse(c, "scale_attn_weights", True)
-        refuse(c, "scale_attn_by_inverse_layer_idx", False)
+        require(c, "activation_function", "gelu_new", "gelu_pytorch_tanh")
+        require(c, "scale_attn_weights", True)
+        require(c, "scale_attn_by_inverse_layer_idx", False)
         width, layers, heads = c["n_embd"], c["n_layer"], c["n_head"]
         return cls("gpt2", c["vocab_size"], width, layers, heads, heads, width // heads, c.get("n_inner") or 4 * width,
                    c["n_positions"], c.get("layer_norm_epsilon", 1e-5), None, [0] * layers,
@@ -161,7 +161,7 @@ class ModelConfig:
     @classmethod
     def _llama_like(cls, c):
         family, layers, heads = c["model_type"], c["num_hidden_layers"], c["num_attention_heads"]
-        refuse(c, "hidden_act", "silu")
+        require(c, "hidden_act", "silu")
         attention_bias = bool(c.get("attention_bias", False))
         config = cls(
             family, c["vocab_size"], c["hidden_size"], layers, heads, c.get("num_key_value_heads") or heads,
@@ -222,8 +222,8 @@ class ModelConfig:
         return [window] * layers
 
 
-def refuse(config: dict, name: str, *allowed) -> None:
-    """ValueError if config.json asks for something else, which would change the result. The first one is the default."""
+def require(config: dict, name: str, *allowed) -> None:
+    """ValueError unless config.json has one of the allowed values, or none: the first of them is the default."""
     if (value := config.get(name, allowed[0])) not in allowed:
         raise ValueError(f"config.json: {name}={value!r} is not supported ({', '.join(map(repr, allowed))} is)")
 
@@ -279,7 +279,7 @@ class GPT:
         if quantize not in (None, *LOW_BITS):
             raise ValueError(f"quantize: must be {' or '.join(LOW_BITS)}, got {quantize!r}")
         self.config, self.dtype, self.quantize = config, dtype, quantize
-        # With its number: by "cuda" each thread means its own current one, and to torch that is not equal to "cuda:0".
+        # With its number: "cuda" alone is whichever device is current in a thread, and does not compare equal to "cuda:0".
         self.device = torch.empty(0, device=device).device
         self.max_len = max_len or config.max_len
         self.layers = [Layer() for _ in range(config.num_layers)]
@@ -290,7 +290,7 @@ class GPT:
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Write the batch's keys and values into the cache; return the logits of `batch.rows`, [S, V]."""
         c, scale = self.config, self.config.head_dim**-0.5
-        x, delta = self.embed[batch.tokens], None
+        x, delta = self.embed[batch.tokens], None  # delta: the output of the last sublayer, yet to be added to x
         if self.position_embed is not None:
             x = x + self.position_embed[batch.positions]
         for layer, window, (k_cache, v_cache, scales) in zip(self.layers, c.windows, cache.layers):
@@ -304,8 +304,8 @@ class GPT:
                                           c.norm_eps, k_cache, v_cache, scales)
             attended = kernels.paged_attention(q, k_cache, v_cache, batch.block_tables, batch.context_lens,
                                                batch.query_start, scale, window, scales).flatten(1)
-            if layer is self.layers[-1]:  # from here on only the rows that somebody wants logits of
-                if not len(batch.rows):  # the middle of a prompt; not all that follows can be launched for no rows
+            if layer is self.layers[-1]:  # from here on only the rows whose logits are wanted
+                if not len(batch.rows):  # the middle of a prompt; not every kernel below can be launched on zero rows
                     return x.new_empty(0, c.vocab_size)
                 attended, x = attended[batch.rows], x[batch.rows]
             delta = kernels.linear(attended, layer.o, layer.o_bias)
@@ -336,9 +336,9 @@ class GPT:
         return qkv if clip is None else qkv.clamp_(-clip, clip)
 
     def set(self, place: Place, weight: torch.Tensor) -> None:
-        """Install one weight; what is multiplied with is made ready for that first: quantized, or reordered."""
+        """Install one weight; those of matrix products are quantized or reordered first, as the kernels want them."""
         if place.name in ("qkv", "o", "gate_up", "down", "router", "head"):
-            weight = self._ready(weight, place.name)
+            weight = self._prepare(weight, place.name)
         owner = self if place.layer is None else self.layers[place.layer]
         if place.expert is None:
             setattr(owner, place.name, weight)
@@ -348,10 +348,10 @@ class GPT:
                 setattr(owner, place.name, weight.new_empty(n, *weight.shape) if kernels.can_group(weight) else [None] * n)
             getattr(owner, place.name)[place.expert] = weight
         if place.name == "embed" and self.config.tie_embeddings:
-            self.head = self._ready(weight, "head")
+            self.head = self._prepare(weight, "head")
 
-    def _ready(self, weight, name):
-        if self.quantize and name != "router":  # a router is small, and decides between experts on small differences
+    def _prepare(self, weight, name):
+        if self.quantize and name != "router":  # a router is small, and small differences decide which experts it picks
             weight = kernels.quantize(weight, LOW_BITS[self.quantize])
         return kernels.pack_weight(weight, self.dtype)
 
@@ -366,7 +366,7 @@ class GPT:
 
     @property
     def bytes_per_weight(self) -> float:
-        """Of the weights that are multiplied with; 4-bit ones with their scales."""
+        """In matrix products; 4-bit weights with their scales."""
         return {None: self.dtype.itemsize, "int8": 1, "int4": 0.5 + 2 / 32}[self.quantize]
 
     @property
@@ -460,16 +460,16 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, max_len: int | 
          ) -> GPT:
     """Read a Hugging Face folder (config.json and safetensors, sharded or not) into a GPT.
 
-    Weight by weight, quantized as it comes if asked: peak memory is the model plus its largest weight. ValueError names
+    One weight at a time, quantized as it comes: peak memory is the model plus its largest weight. ValueError names
     any tensor that is missing, left over or of the wrong shape, and any file that is absent or damaged.
     """
     from tqdm import tqdm
 
     config = ModelConfig.from_dict(read_json(folder / "config.json"))
     model, places, surplus = GPT(config, dtype, device, max_len, quantize), layout(config), []
-    # What old checkpoints carry along is computed here, not loaded: masks, frequencies, a head that is the embedding.
+    # Old checkpoints hold tensors that are computed here: masks, frequencies, a head that is the embedding.
     needless = r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$" + (r"|^lm_head\.weight$" if config.tie_embeddings else "")
-    parts: dict[tuple, tuple[torch.Tensor, int]] = {}  # parameters that wait for more rows, and how many
+    parts: dict[tuple, tuple[torch.Tensor, int]] = {}  # parameters still incomplete, and rows missing
     progress = tqdm(total=len(places), desc="loading", unit=" tensors", leave=False,
                     disable=model.num_parameters < 3e8 or not sys.stderr.isatty())
     for path in weight_files(folder):
@@ -507,8 +507,8 @@ def weight_files(folder: Path) -> list[Path]:
     names = ["model.safetensors"]
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index.name}: has no weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index.name}: has no weight_map from tensors to files")
         names = sorted(set(weight_map.values()))
     for name in names:
         if not (folder / name).is_file():
@@ -551,8 +551,8 @@ def read_json(path: Path) -> dict:
 
 
 def find_model(model: str | os.PathLike | None, given_as: str = "model") -> Path:
-    """The folder of a model: itself, or fetched from the Hugging Face hub if it is a name like org/name. ValueError, which
-    names what it was given as, if it can not be had.
+    """The folder of a model: `model` itself, or fetched from the Hugging Face hub if it is a name like org/name. ValueError
+    if there is neither; it names the option that the model was `given_as`.
     """
     folder = Path(model) if model is not None else DEFAULT_MODEL
     if folder.is_dir():
@@ -563,7 +563,7 @@ def find_model(model: str | os.PathLike | None, given_as: str = "model") -> Path
 
     try:
         return Path(snapshot_download(str(model), allow_patterns=["*.json", "model*.safetensors", "*.jinja"]))
-    except Exception as error:  # whatever the network or the hub came up with, it is one line to the user
+    except Exception as error:  # whatever the network or the hub raises: the user sees one line
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{given_as}: {model} is no folder here, and could not be fetched from the hub: {first}") from None
 
@@ -641,7 +641,7 @@ class Tokenizer:
             raise ValueError(f"chat: the model's template refuses these messages: {reason}") from None
 
     def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = True, **variables) -> list[int]:
-        """The prompt's token ids. The template already wrote BOS, so none is added."""
+        """The prompt's token ids. The template has written BOS already, so none is added."""
         return self.encode(self.render_chat(messages, add_generation_prompt, **variables), add_special_tokens=False)
 
 
@@ -656,7 +656,7 @@ def compile_template(source: str):
 
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     env.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
-    env.globals.update(raise_exception=raise_exception, strftime_now=lambda form: time.strftime(form))
+    env.globals.update(raise_exception=raise_exception, strftime_now=lambda format: time.strftime(format))
     return env.from_string(source)
 
 
@@ -677,10 +677,10 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: tuple[str, ...] = ()):
         self.tokenizer, self.stop = tokenizer, stop
         self.text, self.stopped, self.num_tokens = "", False, 0
-        self._held, self._hold = "", max(map(len, stop), default=1) - 1
+        self._held, self._most_held = "", max(map(len, stop), default=1) - 1
         self._pending: list[int] = []  # tokens that have shown nothing yet: part of a character, or special
-        # Decoding starts inside the prompt, or a leading space would be lost. But not inside a character, which four tokens
-        # at most make up: all bytes around it would decode to holes.
+        # Decoding starts with a few tokens of the prompt, or the output's leading space would be lost. They must not begin
+        # or end within a character (at most four tokens), as all its bytes would decode to replacement characters.
         n = len(prompt)
         for end, length in product(range(n, max(n - 4, -1), -1), range(8, 12)):
             tail = tokenizer.decode(prompt[max(0, end - length) : end])
@@ -692,7 +692,7 @@ class Detokenizer:
         try:
             for token in prompt[end:]:
                 self._stream.step(tokenizer.backend, token)
-        except Exception:  # a prompt whose last bytes are no text at all
+        except Exception:  # the prompt ends with bytes that are no text at all
             self._start([])
 
     def push(self, token: int, may_stop: bool = True) -> None:
@@ -730,7 +730,7 @@ class Detokenizer:
         found = [self._held.find(stop, max(0, old - len(stop) + 1)) for stop in self.stop] if may_stop else []
         found = [at for at in found if at >= 0]
         self.stopped = bool(found)
-        cut = min(found) if found else max(0, len(self._held) - self._hold)
+        cut = min(found) if found else max(0, len(self._held) - self._most_held)
         self.text, self._held = self.text + self._held[:cut], "" if found else self._held[cut:]
 
 
@@ -786,8 +786,8 @@ class SamplingParams:
         return super().__new__(cls)
 
     @property
-    def needs_no_history(self) -> bool:
-        """Whether a token can be sampled before the one before it has been read, and nobody asks for more than the token."""
+    def can_overlap(self) -> bool:
+        """Whether a token can be sampled before the one before it has been read, and nothing but the token is asked for."""
         return not (self.n > 1 or self.beam_search or self.logits_processor or Edits.wanted(self)
                     or (self.logprobs, self.prompt_logprobs) != (None, None))
 
@@ -822,7 +822,7 @@ class SamplingParams:
             for name in ("stop", "logprobs", "top_k", "top_p", "min_p", "temperature"):
                 allowed = (0, 1) if name == "temperature" else (getattr(type(self), name),)
                 if getattr(self, name) not in allowed:
-                    raise ValueError(f"{name}: can not be combined with beam_search, which compares token sequences by "
+                    raise ValueError(f"{name}: cannot be combined with beam_search, which compares token sequences by "
                                      f"their log-probability")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens: {self.min_tokens} is more than max_tokens={self.max_tokens}")
@@ -831,13 +831,13 @@ class SamplingParams:
 class Edits:
     """The built-in logits processors of one request: bias, penalties and bans, as changes to single entries of its logits.
 
-    `entries` is what `kernels.edit_logits` takes, so that those of a whole batch are one operation. It keeps up with a
-    list of tokens that may only grow from call to call, so that a step costs the same however many there are.
+    `entries` is what `kernels.edit_logits` takes, so that those of a whole batch are one operation. Each call only looks at
+    the tokens that were appended since the last one, so that a step costs the same however long the request is.
     """
 
     def __init__(self, params: SamplingParams, num_prompt: int, stop_ids: frozenset):
         self.params, self.num_prompt, self.num_seen = params, num_prompt, 0
-        self.place: dict[int, int] = {}  # token: its row in the arrays
+        self.row_of: dict[int, int] = {}  # token -> its row in the arrays
         self.tokens = np.empty(64, dtype=np.int64)
         self.changes = np.empty((64, 3))  # bias, divide, subtract
         self.in_output: set[int] = set()
@@ -849,7 +849,7 @@ class Edits:
 
     @staticmethod
     def wanted(p: SamplingParams) -> bool:
-        """Whether a request with these parameters has any."""
+        """Whether a request with these parameters needs any."""
         return bool(p.logit_bias or p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1 or p.min_tokens)
 
     def entries(self, token_ids: list[int], drafts: list[int] = ()) -> tuple[np.ndarray, np.ndarray]:
@@ -859,7 +859,7 @@ class Edits:
         edits = self.copy() if drafts else self
         for token in drafts:
             edits._take(token)
-        n = len(edits.place)
+        n = len(edits.row_of)
         return edits.tokens[:n], edits.changes[:n]
 
     def _take(self, token):
@@ -879,18 +879,18 @@ class Edits:
 
     def _row(self, token) -> np.ndarray:
         """(bias, divide, subtract) of a token, to be written."""
-        row = self.place.get(token)
+        row = self.row_of.get(token)
         if row is None:
-            row = self.place[token] = len(self.place)
-            if row == len(self.tokens):  # twice the room, so that growing costs little in the long run
+            row = self.row_of[token] = len(self.row_of)
+            if row == len(self.tokens):  # twice the room; what the new half holds is overwritten before it is read
                 self.tokens, self.changes = (np.concatenate([old, old]) for old in (self.tokens, self.changes))
             self.tokens[row], self.changes[row] = token, (0, 1, 0)
         return self.changes[row]
 
     def copy(self) -> Edits:
-        """For a second request that has got as far."""
+        """For another request that continues the same tokens."""
         other = copy.copy(self)
-        other.place, other.in_output = self.place.copy(), self.in_output.copy()
+        other.row_of, other.in_output = self.row_of.copy(), self.in_output.copy()
         other.tokens, other.changes = self.tokens.copy(), self.changes.copy()
         return other
 
@@ -932,7 +932,7 @@ class BeamSearch:
         n, power, stop_ids = self.request.params.n, self.request.params.length_penalty, self.request.stop_ids
         length, most = next(iter(self.options)).num_output + 1, self.request.max_tokens
         options = sorted(((self.scores[parent] + logprob, parent, token) for parent, nexts in self.options.items()
-                          for token, logprob in nexts.items() if logprob > -math.inf), key=lambda option: -option[0])
+                          for token, logprob in nexts.items() if logprob > -math.inf), key=lambda entry: -entry[0])
         chosen: list[tuple[Request, int, float]] = []
         for score, parent, token in options[:n] if length == most else options:  # no more than n of one length can be kept
             if len(chosen) == n:
@@ -955,12 +955,16 @@ class BeamSearch:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+Span = tuple[Request, int, int]  # (request, start, end): compute its tokens start .. end-1
+Sampler = tuple[Request, int, int]  # (request, which of its samples, how many of its drafts stand before the token)
+
+
 class DecodeGraphs:
-    """The forward pass of a decode step, captured once for each of some batch sizes: a replay is one launch, not hundreds.
+    """The forward pass of a decode step, captured for a number of batch sizes: a replay is one launch, not hundreds.
 
     A graph reads its inputs from where they lay when it was captured, so a batch is copied there; one of fewer requests
-    than the graph has rows is padded with rows that write into the scratch block and see only themselves. All graphs share
-    one pool of memory, the largest captured first, as no two run at once. Survey A VI.C · B 3.2.5.
+    than the graph has rows is padded with rows that write into the scratch block and see only themselves. As no two graphs
+    run at once, all share one pool of memory, the largest captured first. Survey A VI.C · B 3.2.5.
     """
 
     def __init__(self, model: GPT, cache: KVCache, max_requests: int, max_blocks: int):
@@ -976,7 +980,7 @@ class DecodeGraphs:
                            torch.arange(n + 1, dtype=torch.int32, device=model.device),
                            torch.arange(n, device=model.device))
         self.model, self.cache, self.pool, self.graphs = model, cache, None, {}
-        # By default torch captures on the current device, which may be another; and what a pool has is one stream's.
+        # By default torch would capture on the current device, which may be another. One stream, as a pool belongs to one.
         self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         for size in reversed(self.sizes):
             b = self.batch
@@ -986,7 +990,7 @@ class DecodeGraphs:
             self.graphs[size] = self._capture(rows)
 
     def _capture(self, rows):
-        """What replays the forward pass of these rows, and where their logits then are."""
+        """A function that replays the forward pass of these rows, and the tensor in which it leaves their logits."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.model.device)
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
@@ -998,12 +1002,12 @@ class DecodeGraphs:
     def forward(self, batch: Batch) -> torch.Tensor:
         """As GPT.forward, for a batch that `is_decode`. The logits [n, V] are overwritten by the next call."""
         n, width = batch.block_tables.shape
-        size, to = next(size for size in self.sizes if size >= n), self.batch
+        size, static = next(size for size in self.sizes if size >= n), self.batch
         for name, padding in (("tokens", 0), ("positions", 0), ("slots", SCRATCH), ("context_lens", 1)):
-            getattr(to, name)[:n] = getattr(batch, name)
-            getattr(to, name)[n:size] = padding
-        to.block_tables[:n, :width] = batch.block_tables
-        to.block_tables[n:size, 0] = SCRATCH  # all that a context of one token looks at
+            getattr(static, name)[:n] = getattr(batch, name)
+            getattr(static, name)[n:size] = padding
+        static.block_tables[:n, :width] = batch.block_tables
+        static.block_tables[n:size, 0] = SCRATCH  # all that a context of one token looks at
         replay, logits = self.graphs[size]
         replay()
         return logits[:n]
@@ -1036,8 +1040,8 @@ class DecodeGraphs:
 class PromptLookup:
     """Drafts from the request's own text: what followed when its last tokens stood there before. Called (request, k).
 
-    Longer matches go first, later ones before earlier. The index of a request's n-grams grows with its tokens, so that a
-    step costs the same however long the text is. Prompt lookup decoding (Saxena 2023).
+    Longer matches go first, later ones before earlier. A step only adds the new tokens to the request's index of n-grams, so
+    it costs the same however long the text is. Prompt lookup decoding (Saxena 2023).
     """
 
     SIZES = (4, 3, 2)
@@ -1083,8 +1087,8 @@ class DraftModel:
 
     Its keys and values lie in a cache of its own shape under the same block numbers: so prefix hits, forks, copies and frees
     hold for both, and the pool knows nothing of it. For that it computes in every step what the target computes, drafts
-    or not. The one token it may lack is the last draft of a step that accepted all; so it begins one token early. That
-    rewrites keys and values which are there, or, in a block that meanwhile others share, fills them in for all of them.
+    or not. The one token it may lack is the last draft of a step that accepted all, so it begins one token early: that fills
+    the gap for all who share the block by now, or writes the same keys and values again.
     """
 
     def __init__(self, model: GPT, cache: KVCache, graphs: DecodeGraphs | None = None):
@@ -1092,21 +1096,21 @@ class DraftModel:
         self.source = f"{model.num_parameters / 1e6:,.1f}M parameters"
 
     def propose(self, llm: LLM, plan: list[tuple[Request, int]]) -> None:
-        """Fill in `request.drafts` as far as the plan has room: one pass for all requests for each draft position."""
+        """Fill `request.drafts` as far as the plan has room, each pass adding one draft to all requests that want more."""
         spans = [(request, max(0, request.num_computed - 1), min(request.num_computed + n, len(request.tokens)))
                  for request, n in plan]
         room = {request: n - request.num_behind for request, n in plan}
         while spans:
-            rows = [(row, request) for row, (request, *_) in zip(accumulate(end - start for _, start, end in spans), spans)
-                    if room[request] > len(request.drafts)]
-            batch = llm.lay_out(spans, [row - 1 for row, _ in rows])
+            stops = accumulate(end - start for _, start, end in spans)  # the row after each span
+            rows = [(stop - 1, request) for stop, (request, *_) in zip(stops, spans) if room[request] > len(request.drafts)]
+            batch = llm.lay_out(spans, [row for row, _ in rows])
             replay = self.graphs is not None and batch.is_decode
             logits = self.graphs.forward(batch) if replay else self.model.forward(batch, self.cache)
             self.num_passes += 1
             samplers = [(request, request.sample_index, len(request.drafts)) for _, request in rows]
             spans = []
-            for (request, *_), token in zip(samplers, llm.draw(samplers, llm._edit(samplers, logits)).tolist()):
-                if token >= 0:  # else its logits make no sense, and the target goes on without it
+            for (request, *_), token in zip(samplers, llm.draw(samplers, llm.edit(samplers, logits)).tolist()):
+                if token >= 0:  # else its logits make no sense, and the request goes on without more drafts
                     request.drafts.append(token)
                     end = len(request.tokens) + len(request.drafts)
                     if room[request] > len(request.drafts):
@@ -1115,7 +1119,7 @@ class DraftModel:
 
 @functools.lru_cache(4096)
 def draft_length(acceptance: float, cost: float, most: int) -> int:
-    """The number of drafts, at most `most`, at which tokens per time peak, if each is accepted with this probability.
+    """How many drafts, at most `most`, give the most tokens per time, if each is accepted with this probability.
 
     k drafts give 1 + a + ... + a^k tokens for the time of 1 + k * cost steps (arXiv:2211.17192, theorem 3.8).
     """
@@ -1143,10 +1147,10 @@ class Stopwatch:
 class InFlight:
     """The tokens [S] that a step has sampled for these requests, on their way from the device to the host.
 
-    Meanwhile the host plans the next step, in which each of them is one token longer, and need not know by which: that
+    Meanwhile the host plans the next step, in which each request is one token longer. It need not know which token, as that
     step takes its input from where the device has put it. A request that turns out to have ended was computed once too
-    often; what is written for it then lies in blocks that are free, or that somebody fills later, as the device does one
-    thing after the other. Survey A IV.A · B 3.2.4 · C Request Scheduling: Intra-Request Scheduling.
+    often. What that wrote does no harm: its blocks are free, and whoever has them next fills them later, as the device does
+    one thing after the other. Survey A IV.A · B 3.2.4 · C Request Scheduling: Intra-Request Scheduling.
     """
 
     def __init__(self, requests: list[Request], tokens: torch.Tensor):
@@ -1158,7 +1162,7 @@ class InFlight:
     def fill(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens [T] with what was sampled for row i in the place of each -1 - i."""
         rows = (-1 - tokens).clamp(min=0)
-        return torch.where(tokens < 0, self.tokens[rows].clamp(min=0), tokens)  # one that makes no sense is -1, see `sample`
+        return torch.where(tokens < 0, self.tokens[rows].clamp(min=0), tokens)  # -1: see `LLM.draw`
 
     def read(self) -> list[int]:
         """The tokens, once they are there."""
@@ -1174,12 +1178,14 @@ class LLM:
     device: "auto" (CUDA where there is one, else the CPU), "cuda", "cpu", "mps"; dtype: "auto" or a name in DTYPES
     quantize: None, "int8" or "int4": round weights to so many bits while loading (not embeddings, norms and routers)
     kv_dtype: "auto" (as the model computes), "bfloat16" or "int8": keys and values rounded to fewer bits, so that more fit
-    kv_memory: bytes for the KV cache, or a fraction below 1 of the memory that is free, on a GPU after one step as large as
-        can be; None: 0.85 on a GPU, 1 GiB elsewhere
+    kv_memory: bytes for the KV cache, or a fraction below 1 of the free memory (on a GPU, of what the largest possible
+        step leaves); None: 0.85 on a GPU, 1 GiB elsewhere
+    block_size: tokens of a KV block; prefix_caching: blocks are found again by later requests that begin with their tokens
     max_batch_tokens: the token budget of a step; max_batch_requests: how many requests run at once (256, or the budget)
+    max_model_len: tokens of a prompt and its output, at most the model's; seed: for requests that bring none
     policy: "fcfs", "priority", "shortest", "mlfq", "fair", a scheduler.Policy, or a function of a Request whose smallest
         value goes first
-    graphs: on a GPU, capture the decode step once per batch size and replay it
+    graphs: on a GPU, capture the decode step for a number of batch sizes and replay it
     overlap: plan and launch a step before the tokens of the one before have been read, so that a GPU never waits for the
         host; None: on a GPU, unless there is a draft
     swap_memory: bytes of main memory for the blocks of preempted requests, where copying is faster than computing again
@@ -1229,16 +1235,16 @@ class LLM:
         models = [self.model, self.drafter] if isinstance(self.drafter, GPT) else [self.model]
         self._allocate(models, kv_dtype, kv_memory, swap_memory, block_size, max_batch_tokens, max_batch_requests,
                        prefix_caching)
-        ridge = 0 if draft is None else 128 if is_cuda else 16
+        ridge = 0 if draft is None else 128 if is_cuda else 16  # see `Scheduler`; 0: no drafts
         self.scheduler = Scheduler(self.pool, max_batch_tokens=max_batch_tokens, max_batch_requests=max_batch_requests,
                                    max_model_len=self.max_model_len, policy=policy, ridge=ridge)
         self.graphs = self._capture(self.model, self.cache, max_batch_requests) if graphs else None
-        self.draft_cost = 1 / max(1, ridge)  # of a draft, in steps: a row of the model's, and one pass of a draft model
+        self.draft_cost = 1 / max(1, ridge)  # of a draft, in steps: one more row for the model, and a pass of a draft model
         if isinstance(self.drafter, GPT):
-            draft, cache = self.drafter, self.caches[1]
-            self.draft_cost += draft.num_parameters / self.model.num_parameters
-            captured = self._capture(draft, cache, min(max_batch_requests, ridge)) if graphs else None
-            self.drafter = DraftModel(draft, cache, captured)
+            small, cache = self.drafter, self.caches[1]
+            self.draft_cost += small.num_parameters / self.model.num_parameters
+            captured = self._capture(small, cache, min(max_batch_requests, ridge)) if graphs else None
+            self.drafter = DraftModel(small, cache, captured)
         self._random = random.Random(seed)
         self._plan: list[tuple[Request, int]] = []  # of the step under way, or the last one
         self._in_flight: InFlight | None = None  # the step whose tokens have not been read
@@ -1261,7 +1267,7 @@ class LLM:
         self.model = load(folder, device, pick_dtype(dtype, device, config.dtype), self.max_model_len, quantize)
 
     def _pick_drafter(self, draft, folder):
-        """What drafts: a function of (request, k), or the GPT of a DraftModel to be. ValueError if it can not work."""
+        """What drafts: a function of (request, k), or the GPT of a DraftModel to be. ValueError if it cannot work."""
         vocab_size = self.model.config.vocab_size
         if draft is None:
             return None
@@ -1283,7 +1289,7 @@ class LLM:
             return draft
         if self.tokenizer and (path / "tokenizer.json").exists():
             if Tokenizer(path).backend.get_vocab() != self.tokenizer.backend.get_vocab():
-                raise ValueError(f"draft: {path} has other tokens than {folder}, so it can not guess the model's")
+                raise ValueError(f"draft: {path} has other tokens than {folder}, so it cannot guess the model's")
         return load(path, self.device, self.model.dtype, self.max_model_len)
 
     def _allocate(self, models, kv_dtype, kv_memory, swap_memory, block_size, max_batch_tokens, max_batch_requests,
@@ -1292,15 +1298,15 @@ class LLM:
         is_cuda = self.device.type == "cuda"
         wider = [m.dtype for m in models if m.dtype is not torch.bfloat16]
         if kv_dtype == "bfloat16" and is_cuda and wider:
-            raise ValueError(f"kv_dtype: on a GPU bfloat16 needs models in bfloat16, not {str(wider[0])[6:]}")
+            raise ValueError(f"kv_dtype: on a GPU bfloat16 needs models in bfloat16, not {wider[0]}")
         formats = [(m.config, KV_DTYPES[kv_dtype] or m.dtype) for m in models]
-        block_bytes = sum(KVCache.bytes_per_block(c.num_layers, block_size, c.num_kv_heads, c.head_dim, entry.itemsize)
-                          for c, entry in formats)
+        block_bytes = sum(KVCache.bytes_per_block(c.num_layers, block_size, c.num_kv_heads, c.head_dim, dtype.itemsize)
+                          for c, dtype in formats)
         if kv_memory is None:
             kv_memory = 0.85 if is_cuda else 1 << 30
         if not is_number(kv_memory, 0) or kv_memory == 0:
             raise ValueError(f"kv_memory: must be bytes, or a fraction of the free memory below 1; got {kv_memory!r}")
-        if is_cuda:  # before the memory is divided up, so that what this takes is not the cache's
+        if is_cuda:  # before the free memory is measured, so that what this takes is not given to the cache
             self._compute_the_largest_step(formats[0][1], block_size, max_batch_tokens, max_batch_requests)
         if kv_memory < 1:
             kv_memory *= torch.cuda.mem_get_info(self.device)[0] if is_cuda else free_memory()
@@ -1315,8 +1321,8 @@ class LLM:
         num_slots = int(swap_memory // block_bytes)
         self.pool = BlockPool(num_blocks, block_size, prefix_caching, num_slots)
         try:
-            self.caches = [KVCache(c.num_layers, num_blocks, block_size, c.num_kv_heads, c.head_dim, entry, self.device,
-                                   num_slots) for c, entry in formats]
+            self.caches = [KVCache(c.num_layers, num_blocks, block_size, c.num_kv_heads, c.head_dim, dtype, self.device,
+                                   num_slots) for c, dtype in formats]
         except (RuntimeError, MemoryError):
             raise ValueError(f"kv_memory: there is no room for {num_blocks:,} blocks" + (
                 f", or swap_memory for {num_slots:,}; lower one" if num_slots else "; lower kv_memory")) from None
@@ -1325,7 +1331,7 @@ class LLM:
     @torch.inference_mode()
     def _compute_the_largest_step(self, kv_dtype, block_size, max_batch_tokens, max_batch_requests):
         """Compute as many tokens of as many requests as a step can have, before there is a cache: all in one scratch block.
-        What this takes of the memory is left for the steps to come, and kernels are compiled.
+        The memory this takes stays reserved for the steps to come; and kernels are compiled.
         """
         torch.cuda.empty_cache()  # or what earlier engines of this process have freed would count as taken
         c, num_requests = self.model.config, min(max_batch_requests, max_batch_tokens)
@@ -1343,18 +1349,18 @@ class LLM:
         try:
             cache = KVCache(c.num_layers, 1, block_size, c.num_kv_heads, c.head_dim, kv_dtype, self.device)
             logits = self.model.forward(batch, cache)
-            for either in logits, logits.float():  # edits need the latter
-                kernels.sample(either, temperature=zeros + 1, top_k=zeros.long(), top_p=zeros + 0.5, min_p=zeros,
+            for rows in logits, logits.float():  # the latter is what edits leave
+                kernels.sample(rows, temperature=zeros + 1, top_k=zeros.long(), top_p=zeros + 0.5, min_p=zeros,
                                noise=zeros.double())
         except torch.OutOfMemoryError:
             raise ValueError(f"max_batch_tokens: there is no memory for a step of {num_requests * each:,} tokens of "
                              f"{num_requests} requests; lower it, or max_batch_requests") from None
 
     def _capture(self, model, cache, max_requests) -> DecodeGraphs | None:
-        """Only what never waits for the device can be captured: not the PyTorch attention, nor the loop over experts."""
+        """Decode graphs; None where the forward pass waits for the device, as PyTorch's attention or expert loop does."""
         c, loops = model.config, any(isinstance(layer.gate_up, list) for layer in model.layers)
-        capturable = kernels.compiled(model.embed)[1] and c.head_dim % 16 == 0 and not loops
-        if self.device.type != "cuda" or not capturable:
+        has_kernels = kernels.compiled(model.embed)[1] and c.head_dim % 16 == 0
+        if self.device.type != "cuda" or not has_kernels or loops:
             return None
         try:
             return DecodeGraphs(model, cache, max_requests, self.pool.blocks_for(self.max_model_len))
@@ -1363,9 +1369,9 @@ class LLM:
                              "graphs") from None
 
     def _measure_swap(self) -> tuple[float, float]:
-        """Seconds to compute a token of a long prompt, and to copy a block to the host and back. Both are first guesses at
-        what a preempted request costs: what it will find in the prefix cache, or compute in the shadow of other requests'
-        weights, is not known when it has to go.
+        """Seconds to compute a token of a long prompt, and to copy a block to the host and back. Both only estimate what a
+        preempted request will cost: how much of it the prefix cache will still have, and whether it will be computed beside
+        others in a step that waits for the weights anyway, is not known when it has to go.
         """
         n = min(512, self.max_model_len - 1, self.scheduler.max_batch_tokens, self.pool.num_usable * self.pool.block_size)
         request = Request([0] * n, params=SamplingParams())
@@ -1375,7 +1381,7 @@ class LLM:
         back = {block: slot for slot, block in out.items()}
 
         def seconds(work):
-            for _ in range(2):  # the first time other things happen as well
+            for _ in range(2):  # the first run also compiles and allocates
                 start = time.perf_counter()
                 work()
                 if self.device.type == "cuda":
@@ -1396,9 +1402,10 @@ class LLM:
         graphs = ", decode graphs" if self.graphs else ""
         drafts = f", drafts from {self.drafter.source}" if self.drafter else ""
         device += f" ({threads}{'C++' if cpp else 'CUDA C++' if cuda else 'PyTorch'} kernels{graphs})"
-        dtype = (f"{self.model.quantize} weights, " if self.model.quantize else "") + str(self.model.dtype)[6:]
+        quantized = f"{self.model.quantize} weights, " if self.model.quantize else ""
+        dtype = quantized + str(self.model.dtype).removeprefix("torch.")
         host = f" and {self.pool.num_host_slots:,} on the host" if self.pool.num_host_slots else ""
-        kv = "" if self.cache.data.dtype == self.model.dtype else f"{self.cache.data.dtype} "[6:]
+        kv = "" if self.cache.data.dtype == self.model.dtype else f"{self.cache.data.dtype} ".removeprefix("torch.")
         return (f"{c.family}, {self.model.num_parameters / 1e6:,.1f}M parameters, {dtype} on {device}, "
                 f"{self.pool.num_usable:,} {kv}KV blocks of {self.pool.block_size} tokens ({gib:.2f} GiB){host}, at most "
                 f"{self.scheduler.max_batch_requests} requests and {self.scheduler.max_batch_tokens} tokens a step{drafts}")
@@ -1409,8 +1416,8 @@ class LLM:
                  progress: bool = False) -> list[Output]:
         """Complete all prompts and return their outputs in order, the n samples of a prompt next to each other.
 
-        A prompt is a text or a list of token ids. ValueError if one can not be served, then none is; or, once all have
-        ended, if one failed on the way. One that only came to its deadline has what it got until then.
+        A prompt is a text or a list of token ids. ValueError if one cannot be served, and then none is; or, once all have
+        ended, if one failed on the way. One that ran into its deadline is no failure: its output is what it got until then.
         """
         from tqdm import tqdm
 
@@ -1434,7 +1441,8 @@ class LLM:
             for request in requests:
                 self.abort(request)
             raise
-        samples = list(chain(*(request.samples * request.width for request in requests)))  # width: those not to be
+        # A width above 1: it ended before it was forked, and stands for all of its samples.
+        samples = list(chain(*(request.samples * request.width for request in requests)))
         for request in samples:
             if request.error and not request.expired:
                 raise ValueError(request.error)
@@ -1442,12 +1450,12 @@ class LLM:
 
     def stream(self, prompt: str | list[int], params: SamplingParams | None = None) -> Iterator[str]:
         """The text of one completion, piece by piece as it comes, until its deadline if it has one. Leaving the loop early
-        aborts the request. ValueError if it can not be served, or fails on the way.
+        aborts the request. ValueError if it cannot be served, or fails on the way.
         """
         request, shown = self.add_request(prompt, params), 0
         try:
             if request.search:
-                raise ValueError("beam_search: can not be streamed, as what is likeliest changes until the end")
+                raise ValueError("beam_search: cannot be streamed, as what is likeliest changes until the end")
             if request.width > 1:
                 raise ValueError(f"n: a stream is one sample, got n={request.width}")
             while True:  # others may step, and finish this request, while we wait at the yield
@@ -1469,8 +1477,8 @@ class LLM:
         """Queue one prompt for the steps to come. ValueError if it can never be served, naming the limit.
 
         With n > 1, `request.samples` lists the samples once the prompt is computed. Requests with unequal `cache_salt`
-        never share cached prefixes. Smaller `priority` is more urgent, and `tenant` is who shares fairly with the others,
-        where the policy looks at them.
+        never share cached prefixes. Where the policy looks at them: a smaller `priority` is more urgent, `tenant` is whom
+        the service is charged to.
         """
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
@@ -1480,7 +1488,7 @@ class LLM:
         for name, value in (("cache_salt", cache_salt), ("tenant", tenant)):
             if not isinstance(value, (str, type(None))):
                 raise ValueError(f"{name}: must be a text or None, got {value!r}")
-        tokens = self._tokens(prompt)
+        tokens = self._encode(prompt)
         room = self.longest_request - len(tokens)
         vocab = self.model.config.vocab_size
         for name, ids in (("prompt", tokens), ("logit_bias", params.logit_bias or ()),
@@ -1495,7 +1503,7 @@ class LLM:
                           reuse_prefix=params.prompt_logprobs is None, params=params, tenant=tenant,
                           ttft_target=params.ttft_target, itl_target=params.itl_target, deadline=params.deadline)
         request.seed = self._random.getrandbits(64) if params.seed is None else params.seed % 2**64
-        request.may_overlap = self.overlap and params.needs_no_history
+        request.may_overlap = self.overlap and params.can_overlap
         request.stop_ids = frozenset(params.stop_token_ids).union(() if params.ignore_eos else self.eos_ids)
         if Edits.wanted(params):
             request.edits = Edits(params, len(tokens), request.stop_ids)
@@ -1504,7 +1512,7 @@ class LLM:
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None] * len(tokens)
         if self.drafter:
-            self._adapt(request, 0, 0)
+            self._adapt(request, 0, 0)  # sets max_drafts
         return self.scheduler.add(request)
 
     @property
@@ -1512,7 +1520,7 @@ class LLM:
         """Tokens of prompt and output together that model and cache have room for."""
         return min(self.max_model_len, self.pool.num_usable * self.pool.block_size + 1)
 
-    def _tokens(self, prompt) -> list[int]:
+    def _encode(self, prompt) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("prompt: this model has no tokenizer, so prompts must be lists of token ids")
@@ -1549,14 +1557,12 @@ class LLM:
         other, a drafter's work in the first. A CPU computes the model in "launch"; for a GPU, which only then begins, the
         host is idle in "wait".
         """
-        scheduler, seconds = self.scheduler, self.watch.seconds.items()
-        return {**self.counts, "draft_passes": getattr(self.drafter, "num_passes", 0),
-                "hit_tokens": scheduler.num_hit_tokens, "preemptions": scheduler.num_preemptions,
-                "with_targets": scheduler.num_with_targets,
-                "goodput": scheduler.num_in_time, "blocks_swapped_out": scheduler.num_swapped_out,
-                "blocks_swapped_in": scheduler.num_swapped_in, "blocks_swap_freed": scheduler.num_swap_freed,
-                "waiting": scheduler.num_waiting, "running": len(scheduler.running), **self.pool.stats(),
-                **{f"{part}_seconds": total for part, total in seconds}}
+        s = self.scheduler
+        return {**self.counts, "draft_passes": getattr(self.drafter, "num_passes", 0), "hit_tokens": s.num_hit_tokens,
+                "preemptions": s.num_preemptions, "with_targets": s.num_with_targets, "goodput": s.num_in_time,
+                "blocks_swapped_out": s.num_swapped_out, "blocks_swapped_in": s.num_swapped_in,
+                "blocks_swap_freed": s.num_swap_freed, "waiting": s.num_waiting, "running": len(s.running),
+                **self.pool.stats(), **{f"{part}_seconds": total for part, total in self.watch.seconds.items()}}
 
     # ---- the step ----
 
@@ -1565,11 +1571,11 @@ class LLM:
 
         Survey A II.B, IV.A · B 2.3, 3.2.4 · C Request Scheduling: Intra-Request Scheduling.
         """
-        self._plan, watch = [], self.watch  # should scheduling fail, there is no plan
+        self._plan, watch = [], self.watch  # if scheduling fails, there is none
         watch.start()
         self._plan = plan = self.scheduler.schedule()
         overlaps = all(request.may_overlap for request, _ in plan)
-        if not plan or self._in_flight and not overlaps:  # somebody needs the token in flight: then the plan is made anew
+        if not plan or self._in_flight and not overlaps:  # somebody has to see the tokens in flight: plan again after that
             return self._read_tokens() + self._take_expired()
         if self.drafter:
             plan = self.propose(plan)
@@ -1604,10 +1610,9 @@ class LLM:
 
     def _read_tokens(self) -> list[Request]:
         """Append the tokens that are in flight, except those of requests that were aborted meanwhile."""
-        changed: list[Request] = []
         if self._in_flight is None:
-            return changed
-        tokens = self._in_flight.read()
+            return []
+        changed, tokens = [], self._in_flight.read()
         self.watch.lap("wait")
         for request, token in zip(self._in_flight.row, tokens):
             if request.status != FINISHED:
@@ -1625,8 +1630,8 @@ class LLM:
     def drop_step(self, reason: str) -> list[Request]:
         """After an exception out of `step`: end with an error what it was working on, so that the others can go on.
 
-        Returns all samples concerned, those too that had come to their end before it. What the step wrote is not to be
-        trusted, so their blocks leave the prefix index. If it failed before there was a plan, nobody is spared.
+        Returns all samples concerned, including any that had ended before. What the step wrote is not to be trusted, so
+        their blocks leave the prefix index. If it failed before there was a plan, nobody is spared.
         """
         planned = [request for request, _ in self._plan] or [*self.scheduler.running, *self.scheduler.waiting]
         planned += self._in_flight.row if self._in_flight else ()
@@ -1657,21 +1662,19 @@ class LLM:
         return [(request, min(n, request.num_behind + len(request.drafts))) for request, n in plan]
 
     def _adapt(self, request, accepted, tried):
-        """Learn from how many of the drafts tried came true how many to try next. Without any tried, hope slowly returns."""
+        """Set `max_drafts` by how many of the drafts tried came true. While none are tried, acceptance slowly recovers."""
         request.acceptance += (accepted - tried * request.acceptance) / 8 if tried else (1 - request.acceptance) / 512
         if not request.search:
             request.max_drafts = draft_length(round(request.acceptance, 2), self.draft_cost, self.num_drafts)
 
-    def pack(self, plan: list[tuple[Request, int]]
-             ) -> tuple[Batch, list[tuple[Request, int, int]], list[tuple[Request, int]]]:
-        """Lay the planned tokens end to end. Returns the batch and whose its `rows` are: first (request, sample index,
-        drafts before it) of those to be sampled, then (request, position) of prompt tokens whose log-probabilities
-        somebody asked for.
+    def pack(self, plan: list[tuple[Request, int]]) -> tuple[Batch, list[Sampler], list[tuple[Request, int]]]:
+        """Lay the planned tokens end to end. Returns the batch and whose its `rows` are: first those to be sampled, then
+        (request, position) of prompt tokens whose successors' log-probabilities somebody asked for.
         """
-        spans: list[tuple[Request, int, int]] = []
-        sampled: list[tuple[int, tuple[Request, int, int]]] = []  # (row of the batch, whose it is)
+        spans: list[Span] = []
+        sampled: list[tuple[int, Sampler]] = []  # (row of the batch, whose it is)
         prompted: list[tuple[int, tuple[Request, int]]] = []
-        row = 0  # of the request's token 0, if it were in the batch
+        row = 0  # of a request's first token; or where that would be, if the batch had it
         for request, n in plan:
             start, end = request.num_computed, request.num_computed + n
             spans.append((request, start, end))
@@ -1685,15 +1688,16 @@ class LLM:
         batch = self.lay_out(spans, [row for row, _ in sampled + prompted])
         return batch, [whose for _, whose in sampled], [whose for _, whose in prompted]
 
-    def lay_out(self, spans: list[tuple[Request, int, int]], rows: list[int]) -> Batch:
-        """The batch that computes positions start .. end-1 of each (request, start, end), with logits for `rows` of it."""
+    def lay_out(self, spans: list[Span], rows: list[int]) -> Batch:
+        """The batch that computes these spans, with logits for `rows` of it. First moves the blocks that are due to move."""
         moves = self.pool.take_moves()
         for cache in self.caches:
             cache.move(*moves)
-        starts, ends = (np.array(column) for column in list(zip(*spans))[1:])
+        requests, starts, ends = zip(*spans)
+        starts, ends = np.array(starts), np.array(ends)
         counts = ends - starts
         query_start = np.concatenate([[0], counts.cumsum()])
-        width = max(len(request.block_table) for request, _, _ in spans)
+        width = max(len(request.block_table) for request in requests)
         tables = np.full((len(spans), width), SCRATCH, dtype=np.int32)
         tokens: list[int] = []
         for i, (request, start, end) in enumerate(spans):
@@ -1719,36 +1723,34 @@ class LLM:
                      is_decode=len(tokens) == len(spans) and rows == list(range(len(tokens))))
 
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the device; from pinned memory, so that nobody waits for it."""
+        """A copy on the device; from pinned memory, so that the host does not wait for it."""
         return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
 
-    def sample(self, samplers: list[tuple[Request, int, int]], logits: torch.Tensor
-               ) -> tuple[list[int], list[dict | None]]:
-        """For row i of logits [S, V], which belongs to samplers[i] as `draw` has them: the next token, and the
-        log-probabilities asked for. In a beam search those of its options, after all edits; the token means nothing.
+    def sample(self, samplers: list[Sampler], logits: torch.Tensor) -> tuple[list[int], list[dict | None]]:
+        """For row i of logits [S, V], which belongs to samplers[i]: the next token, and the log-probabilities asked for. In
+        a beam search these are the hypothesis's options, after all edits, and the token means nothing.
         """
         logprobs: list[dict | None] = [None] * len(samplers)
         asked = [i for i, (request, _, _) in enumerate(samplers) if request.params.logprobs is not None]
         raw = logits[asked].float().log_softmax(-1) if asked else ()
-        logits = self._edit(samplers, logits)
+        logits = self.edit(samplers, logits)
         tokens = self.draw(samplers, logits).tolist()
         for i, row in zip(asked, raw):
             logprobs[i] = top_logprobs(row, tokens[i], samplers[i][0].params.logprobs)
         for i, (request, _, _) in enumerate(samplers):
             if request.search and tokens[i] >= 0:
                 row = logits[i].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-                # So many options of a hypothesis could matter: those that end it make room for others.
+                # No more options than these can matter: n go on, unless they end with one of the stop tokens.
                 logprobs[i] = top_logprobs(row, tokens[i], request.params.n + len(request.stop_ids))
             elif request.search and (logits[i] == -math.inf).all():
                 logprobs[i] = {}  # every token is banned: nothing can follow this hypothesis
         return tokens, logprobs
 
-    def draw(self, samplers: list[tuple[Request, int, int]], logits: torch.Tensor) -> torch.Tensor:
+    def draw(self, samplers: list[Sampler], logits: torch.Tensor) -> torch.Tensor:
         """Tokens [S] int64, one for each row of edited logits [S, V]; -1 where they make no sense (NaN, or nothing left to
-        choose). With the compiled kernels nobody waits for the device.
+        choose). With the compiled kernels the host does not wait for the device.
 
-        Row i belongs to samplers[i]: a request, which of its samples, and how many of its drafts stand before the token.
-        Whether those drafts are true or not, the token is what would be sampled if they were.
+        Row i belongs to samplers[i]. Whether its drafts are true or not, the token is what would be sampled if they were.
         """
         if not samplers:
             return torch.empty(0, dtype=torch.int64, device=logits.device)
@@ -1762,15 +1764,15 @@ class LLM:
         temperature, top_k, top_p, min_p, noise = columns
         return kernels.sample(logits, temperature.float(), top_k.long(), top_p.float(), min_p.float(), noise)
 
-    def _edit(self, samplers, logits):
-        """Logits after every request's processors: the built-in ones of all in one operation, then users' row by row."""
+    def edit(self, samplers: list[Sampler], logits: torch.Tensor) -> torch.Tensor:
+        """Logits [S, V] after all logits processors: the built-in ones in one operation, then users' own row by row."""
         rows, parts = [], []
         for i, (request, _, num_drafts) in enumerate(samplers):
             if request.edits:
                 parts.append(request.edits.entries(request.tokens, request.drafts[:num_drafts]))
                 rows.append(i)
         users = [i for i, (request, *_) in enumerate(samplers) if request.params.logits_processor]
-        if rows or users:  # a copy, as what a user's function is given, it may write into
+        if rows or users:  # a copy: a user's function may write into what it is given
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).contiguous()
         if rows:
             rows = np.repeat(rows, [len(tokens) for tokens, _ in parts])
@@ -1784,7 +1786,7 @@ class LLM:
                 if not isinstance(row, torch.Tensor) or row.shape != logits[i].shape:
                     raise ValueError(f"returned {getattr(row, 'shape', row)!r} instead of logits {tuple(logits[i].shape)}")
                 logits[i] = row
-            except Exception as error:  # the user's, so of no concern to the others in the batch
+            except Exception as error:  # the user's, and no concern of the others in the batch
                 request.failures[len(request.tokens) + num_drafts] = f"logits_processor: {error!r}"
                 logits[i] = math.nan
         return logits
@@ -1792,7 +1794,7 @@ class LLM:
     def commit(self, plan: list[tuple[Request, int]], tokens: list[int], logprobs: list[dict | None]) -> list[Request]:
         """Record what the step computed, append the sampled tokens, and end those requests that are done.
 
-        Returns the requests that sampled. The lists are in the order of `pack`'s samplers.
+        Returns those that got a token or ended. The lists are in the order of `pack`'s samplers.
         """
         sampled, results = [], zip(tokens, logprobs)
         for request, n in plan:
@@ -1803,7 +1805,7 @@ class LLM:
                     if sample.search is None:
                         self._append(sample, token, more)
                         sampled.append(sample)
-                    elif sample in sample.search.scores:
+                    elif sample in sample.search.scores:  # in the first round only one of them is
                         sample.search.options[sample] = more
                 if drafts:
                     self._verify(request, drafts.copy(), list(islice(results, len(drafts))))
@@ -1818,7 +1820,7 @@ class LLM:
         if len(search.options) == len(search.scores) and not (search.ended or any(search.options.values())):
             failed += search.options  # not one of them has anywhere to go
         if failed:
-            self._append(failed[0], -1, None)
+            self._append(failed[0], -1, None)  # sets its error
             for sample in samples:
                 sample.error = failed[0].error
             self.abort(search.request)
@@ -1831,7 +1833,7 @@ class LLM:
         else:
             self._end_search(search)
         for sample in samples:
-            sample.detokenizer = None  # what somebody has read meanwhile was another hypothesis
+            sample.detokenizer = None  # what it has read may be another hypothesis's text
         return samples
 
     def _next_round(self, search, chosen):
@@ -1871,7 +1873,8 @@ class LLM:
             request.error = request.failures.get(len(request.tokens)) or (
                 f"request {request.samples[0].arrival}: the model's logits at position {len(request.tokens) - 1} are not "
                 f"finite numbers, or every token is banned")
-            # Or the next to ask the same would inherit them. Without a table it made way before this was read.
+            # Its keys and values may be at fault, so no other request must find them. It has no table if it was preempted
+            # before its token was read: then what matches all its tokens (and one more, which `match` leaves over).
             self.pool.withdraw(request.block_table or self.pool.match([*request.tokens, token], request.root))
             self._finish(request, "abort")
             return
@@ -1880,17 +1883,14 @@ class LLM:
         if logprobs is not None:
             request.logprobs.append(logprobs)
         if token in request.stop_ids or request.params.stop and self._read(request).stopped:
-            reason = "stop"
+            self._finish(request, "stop")
         elif request.num_output >= request.max_tokens:
-            reason = "length"
-        else:
-            return
-        self._finish(request, reason)
+            self._finish(request, "length")
 
     # ---- text ----
 
     def _read(self, request: Request) -> Detokenizer:
-        """The request's detokenizer, brought up to date with its tokens; only who needs text pays for it."""
+        """The request's detokenizer, brought up to date with its tokens: only those whose text is asked for pay for it."""
         if request.detokenizer is None:
             request.detokenizer = Detokenizer(self.tokenizer, request.tokens[: request.num_prompt], request.params.stop)
         reader, end = request.detokenizer, len(request.tokens) - request.ended_by_token
@@ -1931,7 +1931,7 @@ def pick_device(device: str) -> torch.device:
             raise RuntimeError("it holds no values")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device: {device} can not be used here: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device: {device} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
 
 
@@ -1959,9 +1959,9 @@ def keep_freed_memory() -> None:
 
 
 def release_threads() -> None:
-    """Have OpenMP end the threads that wait for the calling one's next operation, before another one begins to compute: as
-    soon as there are more of them than cores, all stop spinning while they wait, and each operation has to wake them up.
-    On two cores that took more than a quarter of a small model's throughput.
+    """Have OpenMP end the worker threads of the calling thread, before another thread, with workers of its own, begins to
+    compute. Once there are more of them than cores, they all stop spinning while they wait, and each operation has to wake
+    them up: on two cores that took more than a quarter of a small model's throughput.
     """
     try:
         ctypes.CDLL(None).omp_pause_resource_all(1)  # omp_pause_soft: they come back when needed
@@ -1977,7 +1977,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 def free_memory() -> int:
-    """Bytes of main memory that could be had now."""
+    """Bytes of main memory that are available now."""
     try:
         return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
     except (OSError, TypeError):

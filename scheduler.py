@@ -13,28 +13,28 @@ A draft is a guess at a token that is not there yet, computed all the same: a re
 tokens in the same step, and samples k + 1 times instead of once. A guess that comes true is a token that is computed
 already: the request has caught up again (`accept`). Drafts only fill what a step has left over, see `_plan_drafts`.
 
-Whoever drives the queue may plan a step before it has read what the last one sampled: the next token then counts, unknown
-as it is (`num_pending`), and is computed in its turn (see `advance`).
+The engine may plan a step before it has read the token that the last one sampled. That token counts all the same
+(`num_pending`), though nobody knows it yet, and the planned step computes it (see `advance`).
 
                      add                 schedule                    advance, append
         (client) ───────────► waiting ───────────────► running ───────────────────────────► finished
                                  ▲                        │
                                  └──── preempt: blocks freed, tokens kept; num_computed = 0, or blocks swapped out
 
-The hypotheses of a beam search wait for each other: those that are ready early are `park`ed, in neither queue, until all are
-and `branch` gives each its next tokens.
+A beam search goes in rounds: a hypothesis that is ready before the others is `park`ed, in neither queue. Once all are
+ready, `branch` gives each its next token.
 
-Invariants (numbered as the tests quote them):
+Invariants (numbered as the tests quote them; 4 to 6 are those of cache.py):
   1. 0 <= num_computed <= len(tokens); a step computes (tokens + drafts)[num_computed : num_computed + n], n >= 1; a pending
-     token stands behind `tokens`, and has no drafts.
+     token comes right after `tokens`, and there are no drafts then.
   2. A request samples in a step exactly when that step brings it to len(tokens), and once more for each draft accepted.
   3. The block table covers num_computed + n tokens before the step runs.
   7. The n of a step add up to at most the token budget; running requests <= their limit; running go before waiting.
      Nobody waits, shrinks or is preempted for a draft; no draft makes a step longer than `ridge` tokens.
   8. Nothing generated is ever lost.
   9. After the last request ends every block is free.
- 10. A waiting request holds no block; host slots hold all that it has computed, or it has computed nothing. A parked one
-     holds nothing and has computed nothing.
+ 10. A waiting request holds no block: either host slots hold all that it has computed, or it has computed nothing. A parked
+     one holds nothing and has computed nothing.
 
 No torch here: this file and `cache.BlockPool` also drive simulators and the oracle test.
 
@@ -60,8 +60,8 @@ class Request:
 
     `tokens` is the prompt followed by what was generated; `width` is how many running requests it will become (n samples
     of one prompt are one request until the prompt is computed); `root` separates prefix caches (see `BlockPool.match`).
-    `tenant` is who shares fairly with the others. Seconds: from arrival to the first token (`ttft_target`), between two
-    tokens (`itl_target`), from arrival to the end (`deadline`). What the scheduler never looks at belongs to the engine.
+    `tenant` is whom its service is charged to (see `Fair`). Seconds: from arrival to the first token (`ttft_target`),
+    between two tokens (`itl_target`), from arrival to the end (`deadline`).
     """
 
     def __init__(self, prompt: list[int], max_tokens: int = 16, *, priority: int = 0, width: int = 1, root=None,
@@ -80,23 +80,23 @@ class Request:
         self.has_targets = (ttft_target, itl_target, deadline) != (None, None, None)
         self.num_computed = 0
         self.num_pending = 0  # 1: a token behind `tokens` has been sampled, but nobody has read it yet (see `advance`)
-        self.max_drafts = 0  # how many drafts it would take in the next step; whoever drives the scheduler adapts it
+        self.max_drafts = 0  # how many drafts it would take in the next step; the engine adapts it
         self.drafts: list[int] = []  # those of the step under way, empty between steps
         self.block_table: list[int] = []
         self.host_slots: list[int] = []  # while it waits: where the blocks of its num_computed tokens were swapped to
         self.status = WAITING
         self.finish_reason: str | None = None  # "stop" | "length" | "abort" once finished
-        self.arrival = -1  # the how-manieth request this was, the same for all its samples; set when added
+        self.arrival = -1  # its number in order of arrival, the same for all its samples; set when added
         self.arrival_step = -1  # how many steps the scheduler had planned by then; set when added
         self.urgency: tuple = ()  # (policy's key, arrival, sample): smaller goes first; set when added
         self.num_preemptions = 0
-        self.arrived = self.last_token = 0.0  # when, by the scheduler's clock; before its first token: when it arrived
+        self.arrival_time = self.last_token_time = 0.0  # by the scheduler's clock; equal until the first token has come
         self.in_time = True  # no target was missed so far
         self.expired = False  # its deadline ended it
-        # The engine's:
+        # The engine's own:
         self.samples = [self]  # the requests this one was forked into, itself first
-        self.search = None  # the beam search whose hypotheses they are
-        self.cumulative_logprob: float | None = None  # what that ended with
+        self.search = None  # the beam search whose hypotheses the samples are
+        self.cumulative_logprob: float | None = None  # of its output, once the search is over
         self.sample_index = 0
         self.seed = 0
         self.stop_ids = frozenset()  # tokens that end the output
@@ -106,7 +106,7 @@ class Request:
         self.prompt_logprobs: list[dict[int, float] | None] | None = None
         self.detokenizer = self.edits = None
         self.error: str | None = None
-        self.failures: dict[int, str] = {}  # why the token after so many has no logits; it may be one after a wrong draft
+        self.failures: dict[int, str] = {}  # {num_tokens: why nothing could be sampled after so many}
 
     @property
     def num_output(self) -> int:
@@ -186,7 +186,7 @@ class Aging(Policy):
 
 
 class Priority(Aging):
-    """Smaller `priority` first. A level of it is worth `patience` steps of waiting."""
+    """Smaller `priority` first. One level is worth `patience` steps of waiting."""
 
     uses_priority = True
 
@@ -237,9 +237,9 @@ class Fair(Policy):
     """The tenant that was served least goes first: a virtual token counter for each (VTC, arXiv:2401.00588).
 
     A counter grows by `input_weight` per prompt token on admission, by `output_weight` per token generated; what is
-    computed again after preemption costs nothing. Who comes back after a while has not saved up: its counter is lifted to
-    `floor`, that of the tenant admitted last, than which none that waits is less. (The paper lifts to the least of them,
-    which at an admission is the same.) So waiting tenants' counters stay within U of each other, the most that a tenant
+    computed again after preemption costs nothing. Who comes back after a while has saved nothing up: its counter is lifted
+    to `floor`, that of the tenant admitted last; no waiting tenant's is less. (The paper lifts to the least of them, which
+    at an admission is the same.) So waiting tenants' counters stay within U of each other, the most that a tenant
     can be served without another admission: a longest prompt, and longest outputs in all places of the batch. Two tenants
     with requests waiting get service that differs by at most 2 U, over any time. Survey A VI.C · C Miscellaneous Areas.
     """
@@ -247,8 +247,8 @@ class Fair(Policy):
     def __init__(self, input_weight: float = 1, output_weight: float = 2):
         self.input_weight = _number("input_weight", input_weight, 0)
         self.output_weight = _number("output_weight", output_weight, 0)
-        self.counters: dict[Hashable, float] = {}  # of a tenant that is not here: floor, or any less
-        self.floor, self._most = 0, 64
+        self.counters: dict[Hashable, float] = {}  # a tenant that is not here is at the floor
+        self.floor, self._prune_at = 0, 64
 
     def lane(self, request):
         return request.tenant
@@ -258,16 +258,16 @@ class Fair(Policy):
         return max(self.counters.get(lane, 0), self.floor)
 
     def admitted(self, request, is_empty):
-        """Raise the floor to the tenant's counter, and that by the prompt. If nobody waits now, the floor goes with it."""
+        """Lift the floor to the tenant's counter, then the counter by the prompt; if nobody waits now, the floor as well."""
         self.floor = self.level(request.tenant)
         is_first = not request.num_preemptions and not request.num_output  # else it was preempted, or parked
-        first = self.input_weight * request.num_prompt if is_first else 0
-        self.counters[request.tenant] = self.floor + first
+        cost = self.input_weight * request.num_prompt if is_first else 0
+        self.counters[request.tenant] = self.floor + cost
         if is_empty:
-            self.floor += first
-        if len(self.counters) > self._most:  # forget whom the floor has overtaken, or they would pile up
+            self.floor += cost
+        if len(self.counters) > self._prune_at:  # forget tenants that the floor has overtaken, or they would pile up
             self.counters = {tenant: counter for tenant, counter in self.counters.items() if counter > self.floor}
-            self._most = 2 * len(self.counters) + 64
+            self._prune_at = 2 * len(self.counters) + 64
 
     def sampled(self, request, n):
         """Count n tokens of output."""
@@ -301,29 +301,29 @@ class Scheduler:
                  prefers_swap: Callable[[int, int], bool] = lambda tokens, blocks: True):
         if isinstance(policy, str) and policy in POLICIES:
             policy = POLICIES[policy]()
-        elif callable(policy):
+        elif callable(policy) and not isinstance(policy, type):
             function, policy = policy, Policy()
             policy.key, policy.uses_priority = function, True  # for all we know
         if not isinstance(policy, Policy):
-            raise ValueError(f"policy: {policy!r} is not one of {', '.join(POLICIES)}, nor a function of a request")
+            raise ValueError(f"policy: {policy!r} is not one of {', '.join(POLICIES)}, a Policy or a function of a request")
         if not 1 <= max_batch_requests <= max_batch_tokens:
             raise ValueError(f"max_batch_requests: must be from 1 to max_batch_tokens ({max_batch_tokens}), so that "
                              f"every running request can get a token in every step; got {max_batch_requests}")
         self.pool, self.policy, self.clock, self.prefers_swap = pool, policy, clock, prefers_swap
         self.max_batch_tokens, self.max_batch_requests = max_batch_tokens, max_batch_requests
         self.max_model_len = max_model_len
-        # Up to so many tokens a step takes no longer than for one, as it waits for the weights from memory (the ridge of
-        # the roofline); beyond, each takes its time, and a draft costs what it could save.
+        # Up to so many tokens, a step takes no longer than for one: it waits for the weights to come from memory (the ridge
+        # of the roofline). Beyond, each token takes its time, and a draft costs what it could save.
         self.ridge = ridge
         self.running: list[Request] = []
-        self._lanes: dict[Hashable, list[tuple[tuple, Request]]] = {}  # heaps of those that wait, and of aborted ones
+        self._lanes: dict[Hashable, list[tuple[tuple, Request]]] = {}  # heaps of (urgency, request)
         self._heads: list[tuple] = []  # a heap of (level, urgency of who opened the lane, lane), one for each lane
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap; holds finished requests until they surface
         self._expired: list[Request] = []  # see `take_expired`
-        self.num_waiting = self._num_gone = 0  # the latter: entries of requests that wait no longer
+        self.num_waiting = self._num_gone = 0  # gone: ended while they waited, and still in a heap
         self._arrivals = count()
         self.num_steps = self.num_preemptions = self.num_hit_tokens = self.num_with_targets = self.num_in_time = 0
-        self.num_swapped_out = self.num_swapped_in = self.num_swap_freed = 0  # blocks; freed: never needed again
+        self.num_swapped_out = self.num_swapped_in = self.num_swap_freed = 0  # blocks; freed: never swapped in
 
     def add(self, request: Request) -> Request:
         """Queue a request. One that could never finish is refused here with a ValueError that names the limit."""
@@ -350,13 +350,13 @@ class Scheduler:
             self.num_waiting -= 1
             request.status = FINISHED
             self._sweep()
-            raise ValueError(f"policy: its key {request.urgency[0]!r} can not be compared with the others'") from None
-        request.arrived = request.last_token = self.clock()
+            raise ValueError(f"policy: its key {request.urgency[0]!r} cannot be compared with the others'") from None
+        request.arrival_time = request.last_token_time = self.clock()
         if request.deadline is not None:
             if len(self._deadlines) > 2 * (self.num_waiting + len(self.running)) + 64:
                 self._deadlines = [entry for entry in self._deadlines if not entry[2].is_over]
                 heapq.heapify(self._deadlines)
-            heapq.heappush(self._deadlines, (request.arrived + request.deadline, request.arrival, request))
+            heapq.heappush(self._deadlines, (request.arrival_time + request.deadline, request.arrival, request))
         return request
 
     def has_work(self) -> bool:
@@ -369,7 +369,7 @@ class Scheduler:
         return self.first_waiting(self.num_waiting)
 
     def first_waiting(self, n: int) -> list[Request]:
-        """The n most urgent of them, without sorting all: nobody in a heap comes before who is above."""
+        """The n most urgent waiting requests, without sorting them all: in a heap nobody comes before its parent."""
         first: list[Request] = []
         for *_, lane in sorted((self.policy.level(lane), opened, lane) for _, opened, lane in self._heads):
             heap = self._lanes[lane]
@@ -378,8 +378,8 @@ class Scheduler:
                 (_, request), i = heapq.heappop(reached)
                 if request.status == WAITING:
                     first.append(request)
-                for below in range(2 * i + 1, min(2 * i + 3, len(heap))):
-                    heapq.heappush(reached, (heap[below], below))
+                for child in range(2 * i + 1, min(2 * i + 3, len(heap))):
+                    heapq.heappush(reached, (heap[child], child))
         return first
 
     def schedule(self) -> list[tuple[Request, int]]:
@@ -400,7 +400,7 @@ class Scheduler:
                 break
             if request.status != RUNNING:  # preempted a moment ago, for somebody above
                 continue
-            if request.num_output + request.num_pending == request.max_tokens:  # it only waits for its last one to be read
+            if request.num_output + request.num_pending == request.max_tokens:  # it only waits for its last token to be read
                 continue
             n = min(request.num_behind, budget)
             while self.pool.blocks_missing(request.block_table, request.num_computed,
@@ -411,12 +411,12 @@ class Scheduler:
                 budget += plan.pop(victim, 0)  # a victim that was already planned gives its share back
                 if victim is request:
                     break
-            else:
+            else:  # there are blocks enough, and it is still running
                 self._plan(plan, request, n)
                 budget -= n
         places = self.max_batch_requests - sum(request.width for request in self.running)
         # Whoever had to make room goes first again; admitting others now would only move the shortage to them.
-        made_way: set[Request] = set()  # nobody leaves and comes back in one step
+        made_way: set[Request] = set()  # nobody is preempted and admitted again in one step
         while budget and not preempted and (request := self._most_urgent()) and request not in made_way:
             blocks = self._fitting(request) if request.width <= places else None
             if blocks is None:
@@ -445,8 +445,8 @@ class Scheduler:
     def advance(self, request: Request, n: int, is_read: bool = True) -> bool:
         """Record that a step computed n tokens; publish the blocks this filled. True if the request now samples.
 
-        Whoever wants to plan the next step before that token is known says is_read=False, and calls `sampled` when it is:
-        until then the request counts as one token longer.
+        With is_read=False the next step can be planned before the sampled token has been read: the request counts as one
+        token longer from now on, and the caller calls `sampled` once the token is known.
         """
         size = self.pool.block_size
         filled = range(request.num_computed // size, (request.num_computed + n) // size)
@@ -461,7 +461,7 @@ class Scheduler:
         return True
 
     def sampled(self, request: Request) -> None:
-        """Record that a token has come, the one now about to be appended."""
+        """Record that the sampled token is known; it is about to be appended."""
         request.num_pending = 0
         self.policy.sampled(request, request.width)
         if request.has_targets:
@@ -470,8 +470,8 @@ class Scheduler:
     def accept(self, request: Request) -> bool:
         """Whether the token just appended is the next draft, and so computed already: the request samples once more.
 
-        If not, or if it has ended, the remaining drafts were for nothing: they are forgotten, and the blocks given back
-        that only they needed. They never count as computed, so nothing of them was published.
+        If not, or if it has ended, the remaining drafts were for nothing: they are forgotten, and blocks that only they
+        needed are given back. They never count as computed, so nothing of them was published.
         """
         if request.status == RUNNING and request.drafts and request.drafts[0] == request.tokens[-1]:
             del request.drafts[0]
@@ -493,17 +493,17 @@ class Scheduler:
             child.urgency = (*request.urgency[:2], i)  # right behind its siblings, before whoever came later
             self.running.append(child)
             request.samples.append(child)  # one list, shared by all of them
-        return request.samples if width > 1 else [request]
+        return request.samples if width > 1 else [request]  # one forked before is planned apart from its siblings
 
     def park(self, request: Request) -> None:
-        """Take the blocks and the place of a request that has nothing to do until others have caught up; if it has any."""
+        """Take a request's place and blocks, if it runs: it has nothing to do until others have caught up."""
         if request.status == RUNNING:
             self.running.remove(request)
             self.pool.release(request.block_table)
             request.num_computed, request.status = 0, PARKED
 
     def branch(self, requests: list[Request], parents: list[Request], tokens: list[int]) -> None:
-        """Let requests[i] go on as what parents[i], one of its samples too, is now, followed by tokens[i]; all at once.
+        """Make requests[i] a copy of parents[i] as it is now, followed by tokens[i]. All are samples of one request.
 
         It shares its parent's blocks, like a fork. One that is parked, or has a parked parent, queues to get blocks again.
         """
@@ -576,17 +576,17 @@ class Scheduler:
     def _time_token(self, request: Request) -> None:
         """Hold the token that is about to be appended against its target: the first against `ttft_target`, in seconds since
         the request arrived, any other against `itl_target`, since the token before it. None is no target, and just in time
-        is in time. Who misses one is not `in_time` any more, however fast the others come.
+        is in time. A request that misses one is not `in_time` any more, however fast its other tokens come.
         """
         now, target = self.clock(), request.itl_target if request.num_output else request.ttft_target
-        request.in_time &= target is None or now - request.last_token <= target
-        request.last_token = now
+        request.in_time &= target is None or now - request.last_token_time <= target
+        request.last_token_time = now
 
     def _count_goodput(self, request: Request) -> None:
         """Count a request that has ended and had targets or a deadline; in `num_in_time` too unless it was aborted, missed a
-        target, or ended more than `deadline` seconds after it arrived: its last step may have begun in time.
+        target, or ended more than `deadline` seconds after it arrived, in a step that began before.
         """
-        late = request.deadline is not None and self.clock() > request.arrived + request.deadline
+        late = request.deadline is not None and self.clock() > request.arrival_time + request.deadline
         self.num_with_targets += 1
         self.num_in_time += request.finish_reason != "abort" and request.in_time and not late
 
@@ -612,7 +612,7 @@ class Scheduler:
         plan[request] = n
 
     def _order(self, request) -> tuple:
-        """What `waiting` is sorted by, of any request."""
+        """How urgent any request is, the smallest going first. Its key is taken anew where the policy `rekeys`."""
         if self.policy.rekeys:
             request.urgency = (self.policy.key(request), *request.urgency[1:])
         return (self.policy.level(self.policy.lane(request)), *request.urgency)
@@ -624,13 +624,13 @@ class Scheduler:
         # a prompt that does not fit would preempt somebody in the middle of it. Cached blocks that lie in the free
         # list count as taken the moment they are adopted.
         room = self.pool.num_free - self.pool.num_free_in(blocks)
-        length = request.num_computed + request.num_behind
+        length = len(request.tokens) + request.num_pending
         return None if self.pool.blocks_for(length) - len(blocks) > room else blocks
 
     def _outranked(self, request) -> Request | None:
         """Who should make way for a waiting request, if the policy wants that: the least urgent of those running.
 
-        Only one that comes after the request in any case, or a policy that contradicts itself would have no end.
+        It must come after the request in order, or an inconsistent policy could let two push each other out for ever.
         """
         if not self.policy.outranks or not self.running:
             return None
@@ -638,18 +638,18 @@ class Scheduler:
         return last if self._order(last) > self._order(request) and self.policy.outranks(request, last) else None
 
     def _swap_in(self, request):
-        """Back into the cache with what does not match: into new blocks, from which others may share it again."""
-        table, hit, size = request.block_table, len(request.block_table), self.pool.block_size
-        self.pool.extend(table, hit * size, request.num_computed)
-        self.pool.swap_in(request.host_slots, table[hit:])
-        for i in range(hit, request.num_computed // size):
+        """Copy what the prefix cache did not have from the host into new blocks, which others may then share again."""
+        table, matched, size = request.block_table, len(request.block_table), self.pool.block_size
+        self.pool.extend(table, matched * size, request.num_computed)
+        self.pool.swap_in(request.host_slots, table[matched:])
+        for i in range(matched, request.num_computed // size):
             self.pool.publish(table, i, request.tokens, request.root)
-        self.num_swapped_in += len(table) - hit
-        self.num_swap_freed += len(request.host_slots) - (len(table) - hit)
+        self.num_swapped_in += len(table) - matched
+        self.num_swap_freed += len(request.host_slots) - (len(table) - matched)
         request.host_slots = []
 
     def _expire(self):
-        """End those past their deadlines, wherever they are: whatever they still got would come too late."""
+        """End those past their deadlines, waiting or running: anything more would come too late."""
         while self._deadlines and self._deadlines[0][0] < self.clock():
             for request in heapq.heappop(self._deadlines)[2].samples:
                 if request.status != FINISHED:
@@ -672,17 +672,17 @@ class Scheduler:
         """The head of the lane of the least level. Levels are as old as the last look at them, and may have grown."""
         while self._heads:
             level, opened, lane = self._heads[0]
-            queue = self._lanes[lane]
-            if not queue:
+            heap = self._lanes[lane]
+            if not heap:
                 del self._lanes[lane]
                 heapq.heappop(self._heads)
-            elif queue[0][1].status != WAITING:
-                heapq.heappop(queue)
+            elif heap[0][1].status != WAITING:
+                heapq.heappop(heap)
                 self._num_gone -= 1
             elif level < (now := self.policy.level(lane)):
                 heapq.heapreplace(self._heads, (now, opened, lane))
             else:
-                return queue[0][1]
+                return heap[0][1]
         return None
 
     def _dequeue(self, request):
@@ -693,9 +693,8 @@ class Scheduler:
 
     def _sweep(self):
         """Drop the entries of requests that wait no longer."""
-        self._lanes = {lane: [entry for entry in queue if entry[1].status == WAITING]
-                       for lane, queue in self._lanes.items()}
-        self._lanes = {lane: queue for lane, queue in self._lanes.items() if queue}
+        self._lanes = {lane: left for lane, heap in self._lanes.items()
+                       if (left := [entry for entry in heap if entry[1].status == WAITING])}
         self._heads = [head for head in self._heads if head[2] in self._lanes]
         for heap in (self._heads, *self._lanes.values()):
             heapq.heapify(heap)

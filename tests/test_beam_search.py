@@ -269,5 +269,5 @@ def test_what_does_not_go_with_it_is_refused(options, name):
 
 
 def test_it_is_no_stream():
-    with pytest.raises(ValueError, match="^beam_search: can not be streamed"):
+    with pytest.raises(ValueError, match="^beam_search: cannot be streamed"):
         next(engine().stream([1], SamplingParams(beam_search=True)))

@@ -89,8 +89,8 @@ UNIT_ONLY = {  # mistakes that change no token of a serving run: the contract is
                                         "list(self.running)"),
     "matches for who wants every token computed": ("05", " if request.reuse_prefix else []", ""),
     "takes a target of 0 for none": ("09", "target is None or ", "not target or "),
-    "leaves the floor behind": ("10", "self.floor += first", "pass"),
-    "lowers the floor": ("10", "self.floor += first", "self.floor = 0"),
+    "leaves the floor behind": ("10", "self.floor += cost", "pass"),
+    "lowers the floor": ("10", "self.floor += cost", "self.floor = 0"),
 }
 
 

@@ -351,9 +351,11 @@ def test_broken_json(copy, file, content):
     assert file in one_line(lambda: LLM(folder))
 
 
-def test_an_index_without_a_weight_map(copy):
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {"lm_head.weight": 1}}',
+                                   '{"weight_map": {"lm_head.weight": null, "model.norm.weight": "model.safetensors"}}'])
+def test_an_index_without_a_weight_map(copy, index):
     folder = copy("llama3")
-    (folder / "model.safetensors.index.json").write_text("{}")
+    (folder / "model.safetensors.index.json").write_text(index)
     assert "model.safetensors.index.json" in one_line(lambda: LLM(folder))
 
 
@@ -511,7 +513,7 @@ def test_options_out_of_range_are_named(name, value):
 def test_cuda_where_there_is_none():
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    assert "device: cuda can not be used here" in one_line(lambda: LLM(DATA / "qwen3", device="cuda"))
+    assert "device: cuda cannot be used here" in one_line(lambda: LLM(DATA / "qwen3", device="cuda"))
 
 
 def test_too_little_kv_memory_names_the_knobs():

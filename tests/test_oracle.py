@@ -613,7 +613,9 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "a shared block is freed with its first table": [
         ("cache", "self.refs[block] == 0:\n                self.free",
          "self.refs[block] >= 0:\n                self.free")],
-    "the head of a prefix is freed before its tail": [("cache", "block = table.pop()", "block = table.pop(0)")],
+    "the head of a prefix is freed before its tail": [
+        ("cache", "block = table.pop()\n            self.refs[block] -=",
+         "block = table.pop(0)\n            self.refs[block] -=")],
     "the most recently freed block is reused": [("cache", "self.free.popitem(last=False)", "self.free.popitem()")],
     "the scratch block is handed out": [
         ("cache", "OrderedDict.fromkeys(range(1, num_blocks))", "OrderedDict.fromkeys(range(num_blocks - 1))")],
@@ -654,7 +656,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("scheduler", "request.num_prompt if is_first else 0", "request.num_prompt")],
     "the samples of a prompt pay for one": [("scheduler", "sampled(request, request.width)", "sampled(request, 1)")],
     "a tenant is forgotten that is above the floor": [
-        ("scheduler", "if counter > self.floor}", "if False}"), ("scheduler", "self._most = 0, 64", "self._most = 0, 1")],
+        ("scheduler", "if counter > self.floor}", "if False}"),
+        ("scheduler", "self._prune_at = 0, 64", "self._prune_at = 0, 1")],
     "a prompt joins the level above its own": [
         ("scheduler", "(len(request.tokens) - 1) // self.quantum)", "len(request.tokens) // self.quantum)")],
     "nobody is demoted": [("scheduler", "(len(request.tokens) - 1) // self.quantum)",
@@ -675,11 +678,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
                                     "self._deadlines[0][0] + 5 < self.clock()")],
     "nobody looks at deadlines": [("scheduler", "        self._expire()\n", "")],
     "a deadline counts from the last token": [
-        ("scheduler", "self.clock() > request.arrived +", "self.clock() > request.last_token +")],
+        ("scheduler", "self.clock() > request.arrival_time +", "self.clock() > request.last_token_time +")],
     "a late end is in time": [("scheduler", "request.in_time and not late", "request.in_time")],
     "the first token has the target of the others": [
         ("scheduler", "request.itl_target if request.num_output else request.ttft_target", "request.itl_target")],
-    "a target is for the sum of all steps": [("scheduler", "        request.last_token = now\n", "")],
+    "a target is for the sum of all steps": [("scheduler", "        request.last_token_time = now\n", "")],
     "a missed target is made up for": [("scheduler", "request.in_time &= target", "request.in_time = target")],
     # swapping
     "an aborted request keeps its host slots": [("scheduler", "self.pool.free_slots += request.host_slots", "pass")],
@@ -690,13 +693,15 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "swapped in from the first slots, not the last": [("cache", "slots[len(slots) - len(blocks) :]", "slots")],
     "swapped in back to front": [("cache", "slots[len(slots) - len(blocks) :]", "slots[::-1]")],
     "the blocks of a hit are swapped in as well": [
-        ("scheduler", "self.pool.swap_in(request.host_slots, table[hit:])", "self.pool.swap_in(request.host_slots, table)")],
+        ("scheduler", "self.pool.swap_in(request.host_slots, table[matched:])",
+         "self.pool.swap_in(request.host_slots, table)")],
     "only full blocks are swapped": [
         ("scheduler", "[: self.pool.blocks_for(request.num_computed)]", "[: request.num_computed // self.pool.block_size]")],
     "what was swapped in is not shared": [
-        ("scheduler", "for i in range(hit, request.num_computed // size):", "for i in ():")],
+        ("scheduler", "for i in range(matched, request.num_computed // size):", "for i in ():")],
     "a block that is half full is shared": [
-        ("scheduler", "for i in range(hit, request.num_computed // size):", "for i in range(hit, len(table)):")],
+        ("scheduler", "for i in range(matched, request.num_computed // size):",
+         "for i in range(matched, len(table)):")],
     "swapping keeps the blocks, too": [
         ("scheduler", "        self.pool.release(request.block_table)\n        request.num_preemptions",
          "        if not request.host_slots:\n            self.pool.release(request.block_table)\n"
@@ -771,7 +776,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("scheduler", "self.pool.trim(request.block_table, request.num_computed)",
          "self.pool.trim(request.block_table, request.num_computed - 1)")],
     "the blocks of rejected drafts go to the back of the queue": [
-        ("cache", "self.free.move_to_end(table.pop(), last=False)", "table.pop()")],
+        ("cache", "            self.free.move_to_end(block, last=False)\n", "")],
     "drafts overdraw the budget": [
         ("scheduler", "spare = min(budget, self.ridge - sum(plan.values()))", "spare = self.ridge - sum(plan.values())")],
     "drafts overrun the ridge": [
@@ -791,7 +796,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "aborting a waiting request leaves it counted": [
         ("scheduler", "self.num_waiting -= 1  # its", "pass  # its")],
     "an aborted request is admitted": [
-        ("scheduler", "elif queue[0][1].status != WAITING:", "elif False:")],
+        ("scheduler", "elif heap[0][1].status != WAITING:", "elif False:")],
     "aborting a running request keeps its blocks": [
         ("scheduler", "            self.pool.release(request.block_table)\n        elif status == WAITING:",
          "            request.block_table = []\n        elif status == WAITING:")],

@@ -100,9 +100,9 @@ def test_targets_are_held_against_the_time_when_a_token_was_read():
     taken = next(now)
     request = llm.add_request([5], replace(GREEDY, max_tokens=2, ttft_target=1000.0))
     llm.step()
-    assert request.last_token == request.arrived > taken
+    assert request.last_token_time == request.arrival_time > taken
     llm.step()
-    assert request.last_token > request.arrived and request.num_output == 1
+    assert request.last_token_time > request.arrival_time and request.num_output == 1
 
 
 def test_only_the_wait_for_tokens_counts_as_waiting(monkeypatch):
@@ -187,8 +187,8 @@ def test_overlap_and_drafts_exclude_each_other():
 
 def test_what_may_overlap():
     plain = SamplingParams(temperature=0.7, top_k=5, top_p=0.9, min_p=0.01, stop=["x"], stop_token_ids=[3], max_tokens=5)
-    assert plain.needs_no_history
+    assert plain.can_overlap
     for more in ({"n": 2}, {"logprobs": 0}, {"prompt_logprobs": 0}, {"min_tokens": 1}, {"repetition_penalty": 1.1},
                  {"presence_penalty": 0.1}, {"frequency_penalty": 0.1}, {"logit_bias": {1: -math.inf}},
                  {"logits_processor": lambda tokens, logits: logits}):
-        assert not replace(plain, **more).needs_no_history, more
+        assert not replace(plain, **more).can_overlap, more

@@ -430,6 +430,7 @@ def test_the_largest_possible_requests_pass_the_door_and_finish():
 
 @pytest.mark.parametrize("limits, message", (
     ({"policy": "fastest"}, "'fastest' is not one of fcfs, priority, shortest"),
+    ({"policy": Priority}, "Priority'> is not one of .*, a Policy or a function"),  # a class, not a policy
     ({"requests": 0}, "max_batch_requests"),
     ({"requests": 9, "budget": 8}, r"max_batch_tokens \(8\)"),
     ({"blocks": 0}, "num_blocks"),

@@ -112,7 +112,7 @@ def serve(server: Simulator | Engine, jobs: list, clients: int | None = None, sy
         while len(records) < len(jobs) and free and max(jobs[len(records)].at, free[0]) <= server.now:
             job = jobs[len(records)]
             request = server.add([*system, *book.token_ids(job.prompt, job.text, 1000)], job)
-            request.arrived = request.last_token = job.at  # it came during the step
+            request.arrival_time = request.last_token_time = job.at  # it came during the step
             records.append(Record(job.at, max(job.at, heapq.heappop(free)), len(server.plans), []))
             whose[request] = records[-1]
         for request in server.step():

@@ -21,7 +21,8 @@ TITLE = "bug hunt: a position gone wrong"
 CHAPTER, KIND = "ch07_batching.py", "bug hunt"
 MINUTES, DIFFICULTY, IMPORTANCE = 30, 3, 4
 MODULE, NAMES = "nanoserve", ("LLM.pack", "LLM.lay_out")
-HEADER = "import numpy as np\nimport torch\n\nfrom cache import SCRATCH\nfrom nanoserve import Batch, DraftModel, Request\n"
+HEADER = ("import numpy as np\nimport torch\n\n"
+          "from cache import SCRATCH\nfrom nanoserve import Batch, Request, Sampler, Span\n")
 HINTS = (
     "Before reading code: which of the seven has a step that no other has? Work out what each computes in its first steps.",
     "A step computes tokens[num_computed : num_computed + n]. List who may have num_computed > 0 with n > 1.",

@@ -4,8 +4,8 @@ Two functions. `_time_token` is called for each token of a request that has targ
 appended; `_count_goodput` when such a request has ended, for whatever reason.
 
 You need: self.clock() (the time now, in seconds); of the request ttft_target, itl_target and deadline (seconds, each None if
-there is none), arrived and last_token (times; before the first token last_token is when it arrived), in_time (True until a
-target is missed), num_output (tokens appended so far) and finish_reason ("stop", "length" or "abort"); and the counters
+there is none), arrival_time and last_token_time (equal before the first token), in_time (True until a target is missed),
+num_output (tokens appended so far) and finish_reason ("stop", "length" or "abort"); and the counters
 self.num_with_targets and self.num_in_time. Here the clock does not tick in seconds: a step takes as long as it has tokens.
 
 The unit cases show ([in_time after each step, ...], num_with_targets, num_in_time).
@@ -23,8 +23,8 @@ MINUTES, DIFFICULTY, IMPORTANCE = 20, 2, 3
 MODULE, NAMES = "scheduler", ("Scheduler._time_token", "Scheduler._count_goodput")
 HEADER = "from scheduler import Request\n"
 HINTS = (
-    "A token that comes `now` took now - request.last_token: since the request arrived if it is the first, since the token "
-    "before it if not. Whoever was preempted in between has waited like anybody else: there is nothing to do about it.",
+    "A token that comes `now` took now - request.last_token_time: since the request arrived if it is the first, since the "
+    "token before it if not. Whoever was preempted in between has waited like anybody else: nothing is to be done about it.",
     "request.num_output is 0 when the first token is timed: it is appended a moment later. Remember `now` for the next one.",
     "in_time only ever goes from True to False: combine what it was with what is new, do not replace it.",
     "An abort may come before anything was missed. And a request can end too late without being aborted: deadlines are "
@@ -32,11 +32,12 @@ HINTS = (
 )
 MUTANTS = {
     "a mean gap in time is enough": (
-        ("now - request.last_token <= target", "(now - request.arrived) / (request.num_output + 1) <= target"),),
+        ("now - request.last_token_time <= target",
+         "(now - request.arrival_time) / (request.num_output + 1) <= target"),),
     "a token in time makes up for a late one": (("request.in_time &= ", "request.in_time = "),),
     "the first token has the target of the others": (
         ("request.itl_target if request.num_output else request.ttft_target", "request.itl_target"),),
-    "all tokens are timed from the arrival": (("    request.last_token = now\n", ""),),
+    "all tokens are timed from the arrival": (("    request.last_token_time = now\n", ""),),
     "just in time is too late": (("<= target", "< target"),),
     "no target is a missed one": (("target is None or ", "target is not None and "),),
     "an aborted request counts if it was in time so far": (('request.finish_reason != "abort" and ', ""),),

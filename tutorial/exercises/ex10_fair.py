@@ -47,7 +47,7 @@ HINTS = (
 MUTANTS = {
     "lets tenants save up": (("return max(self.counters.get(lane, 0), self.floor)", "return self.counters.get(lane, 0)"),),
     "does not count what is generated": (("n * self.output_weight", "0"),),
-    "does not count prompts": (("self.counters[request.tenant] = self.floor + first",
+    "does not count prompts": (("self.counters[request.tenant] = self.floor + cost",
                                 "self.counters[request.tenant] = self.floor"),),
     "serves the most served first": (("return max(self.counters.get(lane, 0), self.floor)",
                                       "return -max(self.counters.get(lane, 0), self.floor)"),),

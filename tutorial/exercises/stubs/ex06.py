@@ -18,22 +18,20 @@ import numpy as np
 import torch
 
 from cache import SCRATCH
-from nanoserve import Batch, DraftModel, Request
+from nanoserve import Batch, Request, Sampler, Span
 
 BROKEN = None  # the number, from 0, of the request whose tokens come out wrong
 WHY = ""  # in a sentence or two: what happens to it, and why to no other
 
 
-def pack(self, plan: list[tuple[Request, int]]
-         ) -> tuple[Batch, list[tuple[Request, int, int]], list[tuple[Request, int]]]:
-    """Lay the planned tokens end to end. Returns the batch and whose its `rows` are: first (request, sample index,
-    drafts before it) of those to be sampled, then (request, position) of prompt tokens whose log-probabilities
-    somebody asked for.
+def pack(self, plan: list[tuple[Request, int]]) -> tuple[Batch, list[Sampler], list[tuple[Request, int]]]:
+    """Lay the planned tokens end to end. Returns the batch and whose its `rows` are: first those to be sampled, then
+    (request, position) of prompt tokens whose successors' log-probabilities somebody asked for.
     """
-    spans: list[tuple[Request, int, int]] = []
-    sampled: list[tuple[int, tuple[Request, int, int]]] = []  # (row of the batch, whose it is)
+    spans: list[Span] = []
+    sampled: list[tuple[int, Sampler]] = []  # (row of the batch, whose it is)
     prompted: list[tuple[int, tuple[Request, int]]] = []
-    row = 0  # of the request's token 0, if it were in the batch
+    row = 0  # of a request's first token; or where that would be, if the batch had it
     for request, n in plan:
         start, end = request.num_computed, request.num_computed + n
         spans.append((request, start, end))
@@ -48,15 +46,16 @@ def pack(self, plan: list[tuple[Request, int]]
     return batch, [whose for _, whose in sampled], [whose for _, whose in prompted]
 
 
-def lay_out(self, spans: list[tuple[Request, int, int]], rows: list[int]) -> Batch:
-    """The batch that computes positions start .. end-1 of each (request, start, end), with logits for `rows` of it."""
+def lay_out(self, spans: list[Span], rows: list[int]) -> Batch:
+    """The batch that computes these spans, with logits for `rows` of it. First moves the blocks that are due to move."""
     moves = self.pool.take_moves()
     for cache in self.caches:
         cache.move(*moves)
-    starts, ends = (np.array(column) for column in list(zip(*spans))[1:])
+    requests, starts, ends = zip(*spans)
+    starts, ends = np.array(starts), np.array(ends)
     counts = ends - starts
     query_start = np.concatenate([[0], counts.cumsum()])
-    width = max(len(request.block_table) for request, _, _ in spans)
+    width = max(len(request.block_table) for request in requests)
     tables = np.full((len(spans), width), SCRATCH, dtype=np.int32)
     tokens: list[int] = []
     for i, (request, start, end) in enumerate(spans):

@@ -38,7 +38,7 @@ def schedule(self) -> list[tuple[Request, int]]:
             break
         if request.status != RUNNING:  # preempted a moment ago, for somebody above
             continue
-        if request.num_output + request.num_pending == request.max_tokens:  # it only waits for its last one to be read
+        if request.num_output + request.num_pending == request.max_tokens:  # it only waits for its last token to be read
             continue
         n = min(request.num_behind, budget)
         while self.pool.blocks_missing(request.block_table, request.num_computed,
@@ -49,12 +49,12 @@ def schedule(self) -> list[tuple[Request, int]]:
             budget += plan.pop(victim, 0)  # a victim that was already planned gives its share back
             if victim is request:
                 break
-        else:
+        else:  # there are blocks enough, and it is still running
             self._plan(plan, request, n)
             budget -= n
     places = self.max_batch_requests - sum(request.width for request in self.running)
     # Whoever had to make room goes first again; admitting others now would only move the shortage to them.
-    made_way: set[Request] = set()  # nobody leaves and comes back in one step
+    made_way: set[Request] = set()  # nobody is preempted and admitted again in one step
     while budget and not preempted and (request := self._most_urgent()) and request not in made_way:
         blocks = self._fitting(request) if request.width <= places else None
         if blocks is None:
@@ -84,8 +84,8 @@ def schedule(self) -> list[tuple[Request, int]]:
 def advance(self, request: Request, n: int, is_read: bool = True) -> bool:
     """Record that a step computed n tokens; publish the blocks this filled. True if the request now samples.
 
-    Whoever wants to plan the next step before that token is known says is_read=False, and calls `sampled` when it is:
-    until then the request counts as one token longer.
+    With is_read=False the next step can be planned before the sampled token has been read: the request counts as one
+    token longer from now on, and the caller calls `sampled` once the token is known.
     """
     size = self.pool.block_size
     filled = range(request.num_computed // size, (request.num_computed + n) // size)

@@ -32,7 +32,7 @@ def level(self, lane):
 
 
 def admitted(self, request, is_empty):
-    """Raise the floor to the tenant's counter, and that by the prompt. If nobody waits now, the floor goes with it."""
+    """Lift the floor to the tenant's counter, then the counter by the prompt; if nobody waits now, the floor as well."""
     raise NotImplementedError
 
 

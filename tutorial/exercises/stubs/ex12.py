@@ -26,7 +26,7 @@ def allocate(self) -> int:
         raise IndexError("no free block")
     block, _ = self.free.popitem(last=False)
     self._unindex(block)
-    self.swaps_in.pop(block, None)  # of a step that failed: for an owner that is gone
+    self.swaps_in.pop(block, None)  # due for an owner that is gone
     self.content[block] = None
     self.refs[block] = 1
     return block
