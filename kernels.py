@@ -586,14 +586,15 @@ def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
             cuda("sample", (len(logits),), 1024, *tensors, logits.shape[1], logits.stride(0))
         return tokens
     best, tokens = logits.max(-1)
-    drawn = (best.isfinite() & (temperature > 0)).nonzero()[:, 0]
+    finite = best.float().isfinite()  # as probabilities are float32, whatever the logits are
+    drawn = (finite & (temperature > 0)).nonzero()[:, 0]
     if len(drawn):
         rows = (t[drawn] for t in (logits, temperature, top_k, top_p, min_p))
         mass, noise = token_probabilities(*rows).to(noise.dtype).cumsum(-1), noise[drawn]
         # right=True finds the first entry *beyond* the target, which is never a token of probability zero.
         picked = torch.searchsorted(mass, noise[:, None] * mass[:, -1:], right=True)[:, 0]
         tokens[drawn] = picked.clamp(max=logits.shape[-1] - 1)
-    return tokens.masked_fill_(~best.isfinite(), -1)
+    return tokens.masked_fill_(~finite, -1)
 
 
 def uniform_noise(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -639,7 +640,11 @@ def compiled(*tensors: torch.Tensor | None, cache: torch.Tensor | None = None
 def cache_file(name: str, suffix: str, *depends: str) -> Path:
     """A path in the user's cache folder, with a hash in its name of everything that the file depends on."""
     key = hashlib.sha256("\0".join(depends).encode()).hexdigest()[:16]
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoserve" / f"{name}-{key}{suffix}"
+    try:
+        folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home, as in some containers: in no folder at all
+        folder = os.devnull
+    return Path(folder) / "nanoserve" / f"{name}-{key}{suffix}"
 
 
 @contextlib.contextmanager
@@ -1483,7 +1488,7 @@ def nvrtc_compile(source: str, arch: str) -> bytes:
 
     version = "{}.{}".format(*nvrtc.nvrtcVersion()[1:])
     target = cache_file(f"cuda-{arch}", ".cubin", source, arch, version)
-    if target.exists():  # code, then its hash: a full disk or a crash may have cut it short
+    if os.path.exists(target):  # code, then its hash: a full disk or a crash may have cut it short
         code, end = (data := target.read_bytes())[:-32], data[-32:]
         if hashlib.sha256(code).digest() == end:
             return code

@@ -120,8 +120,12 @@ class ModelConfig:
     FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmoe")
     COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
               "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions", "num_experts", "num_local_experts",
-              "num_experts_per_tok", "moe_intermediate_size")
+              "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step")
     COUNTS_OR_NULL = ("num_key_value_heads", "head_dim", "n_inner", "sliding_window")
+    NUMBERS = ("rms_norm_eps", "layer_norm_epsilon", "max_window_layers")
+    NUMBERS_OR_NULL = ("clip_qkv", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+                       "attention_factor", "mscale", "mscale_all_dim", "original_max_position_embeddings")
+    LISTS, OBJECTS = ("layer_types", "mlp_only_layers"), ("rope_scaling", "rope_parameters")
 
     @classmethod
     def from_dict(cls, c: dict) -> ModelConfig:
@@ -132,12 +136,7 @@ class ModelConfig:
                              f"causal language models of these types are: {', '.join(cls.FAMILIES)}")
         if c.get("quantization_config"):
             raise ValueError("model: checkpoints with a quantization_config are not supported")
-        for name, value in c.items():
-            is_count = name in cls.COUNTS or (name in cls.COUNTS_OR_NULL and value is not None)
-            if is_count and not is_number(value, 1, kind=int):
-                raise ValueError(f"config.json: {name} must be a positive integer, got {value!r}")
-            if name in ("rope_scaling", "rope_parameters") and not isinstance(value, (dict, type(None))):
-                raise ValueError(f"config.json: {name} must be an object, got {value!r}")
+        cls._check(c)
         try:
             config = cls._gpt2(c) if family == "gpt2" else cls._llama_like(c)
         except KeyError as error:
@@ -147,6 +146,20 @@ class ModelConfig:
         if config.num_heads % config.num_kv_heads:
             raise ValueError(f"config.json: {config.num_heads} query heads cannot share {config.num_kv_heads} key heads")
         return config
+
+    @classmethod
+    def _check(cls, c):
+        """ValueError for a value of the wrong kind, here or in an object within."""
+        for name, value in c.items():
+            for what, names, or_null, fits in (
+                    ("a positive integer", cls.COUNTS, cls.COUNTS_OR_NULL, is_number(value, 1, kind=int)),
+                    ("a number from 0 on", cls.NUMBERS, cls.NUMBERS_OR_NULL, is_number(value, 0)),
+                    ("a list", (), cls.LISTS, isinstance(value, list)),
+                    ("an object", (), cls.OBJECTS, isinstance(value, dict))):
+                if not fits and (name in names or name in or_null and value is not None):
+                    raise ValueError(f"config.json: {name} must be {what}, got {value!r}")
+            if name in cls.OBJECTS:
+                cls._check(value or {})
 
     @classmethod
     def _gpt2(cls, c):
@@ -215,7 +228,7 @@ class ModelConfig:
             first = c.get("max_window_layers", 28)
             kinds = c.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
             if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
-                raise ValueError(f"config.json: layer_types: {', '.join(sorted(unknown))} is not supported")
+                raise ValueError(f"config.json: layer_types: {', '.join(sorted(map(str, unknown)))} is not supported")
             if len(kinds) != layers:
                 raise ValueError(f"config.json: layer_types has {len(kinds)} entries for {layers} layers")
             return [window if kind == "sliding_attention" else 0 for kind in kinds]
@@ -229,8 +242,11 @@ def require(config: dict, name: str, *allowed) -> None:
 
 
 def as_ids(value) -> tuple:
-    """Token ids as a tuple, from None, one id or a list: config files have all three."""
-    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+    """Token ids as a tuple, from the None, one id or list of a config file's eos_token_id."""
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    if not all(type(token) is int for token in ids):
+        raise ValueError(f"eos_token_id: must be a token id or a list of them, got {value!r}")
+    return ids
 
 
 @dataclass
@@ -471,7 +487,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, max_len: int | 
     needless = r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$" + (r"|^lm_head\.weight$" if config.tie_embeddings else "")
     parts: dict[tuple, tuple[torch.Tensor, int]] = {}  # parameters still incomplete, and rows missing
     progress = tqdm(total=len(places), desc="loading", unit=" tensors", leave=False,
-                    disable=model.num_parameters < 3e8 or not sys.stderr.isatty())
+                    disable=model.num_parameters < 3e8 or not (sys.stderr and sys.stderr.isatty()))
     for path in weight_files(folder):
         for name, tensor in read_tensors(path):
             short = name.removeprefix("transformer.") if config.family == "gpt2" else name
@@ -484,6 +500,8 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, max_len: int | 
             expected = (place.num_rows, *place.shape[1:])
             if tuple(tensor.shape) != expected:
                 raise ValueError(f"{path.name}: {name} has shape {list(tensor.shape)}, config.json implies {list(expected)}")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{path.name}: {name} holds {str(tensor.dtype)[6:]}, not floating-point numbers")
             key = (place.layer, place.name, place.expert)
             weight, missing = parts.pop(key, (None, place.shape[0]))
             weight = torch.empty(place.shape, dtype=dtype, device=device) if weight is None else weight
@@ -596,12 +614,13 @@ class Tokenizer:
         self.backend.no_padding()
         path = folder / "tokenizer_config.json"
         config = read_json(path) if path.exists() else {}
-        self.special = {name: token["content"] if isinstance(token := config.get(name), dict) else token
+        self.special = {name: token.get("content") if isinstance(token := config.get(name), dict) else token
                         for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
         template = folder / "chat_template.jinja"
         self.chat_template = template.read_text(encoding="utf-8") if template.exists() else config.get("chat_template")
         if isinstance(self.chat_template, list):  # several named ones
-            self.chat_template = {entry["name"]: entry["template"] for entry in self.chat_template}.get("default")
+            named = [entry for entry in self.chat_template if isinstance(entry, dict) and entry.get("name") == "default"]
+            self.chat_template = named[-1].get("template") if named else None
         self.vocab_size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
         self.special_ids = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
         is_byte_level = '"type":"ByteLevel"' in self.backend.to_str()
@@ -609,8 +628,10 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with whatever the tokenizer puts around one (often a BOS)."""
-        # A batch of one, because only for batches does the library let other threads run meanwhile.
-        return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        try:  # a batch of one, because only for batches does the library let other threads run meanwhile
+            return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except TypeError:  # bytes of a command line that are no UTF-8, for instance
+            raise ValueError("prompt: is not valid Unicode, it has half a surrogate pair") from None
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of some token ids."""
@@ -1172,7 +1193,7 @@ class InFlight:
 
 
 class LLM:
-    """A model, its cache and its queue. `generate` and `stream` are loops around `step`.
+    """A model, its cache and its queue, for one thread at a time. `generate` and `stream` are loops around `step`.
 
     model: a folder in Hugging Face format, a name on its hub, a GPT, or None for the small model in tutorial/
     device: "auto" (CUDA where there is one, else the CPU), "cuda", "cpu", "mps"; dtype: "auto" or a name in DTYPES
@@ -2462,10 +2483,11 @@ class EngineThread(threading.Thread):
 class Choice:
     """One sample as its client sees it: the text so far, and the log-probabilities of the tokens that it shows."""
 
-    def __init__(self, tokenizer: Tokenizer, echo: str, start: int):
+    def __init__(self, tokenizer: Tokenizer, echo: str, start: int, written: list[bool]):
         self.tokenizer, self.num_tokens, self.finish_reason = tokenizer, 0, None
         self._echo, self._num_chars = echo, 0  # what its text begins with; how much of it was taken
         self._start, self._decoder = start, codecs.getincrementaldecoder("utf-8")("replace")
+        self._written = iter(written)  # for each of the first special tokens, whether the text shows it
         self._held: list[tuple[int, dict | None, int]] = []  # (token, log-probabilities, where in the text it starts)
 
     def take(self, updates: list[Update]) -> tuple[str, list[tuple]]:
@@ -2476,7 +2498,8 @@ class Choice:
         self._num_chars += len(text)
         for token, logprobs in chain(*(update.logprobs for update in updates)):
             self._held.append((token, logprobs, max(0, self._start)))
-            if token not in self.tokenizer.special_ids:  # a character in several tokens is the last one's
+            # A character in several tokens is the last one's.
+            if token not in self.tokenizer.special_ids or next(self._written, False):
                 self._start += len(self._decoder.decode(self.tokenizer.token_bytes(token)))
         self.num_tokens += sum(update.num_tokens for update in updates)
         self.finish_reason = updates[-1].finish_reason
@@ -2497,13 +2520,23 @@ class Answer:
         self.frame = {"id": name, "object": kind, "created": int(time.time()), "model": model}
         self.choices: list[Choice] = []
         for source, prompt in zip(job.source, job.prompts):
-            echo, start = "", 0
+            echo, start, written = "", 0, []
             if job.echo:
                 echo = source if isinstance(source, str) else tokenizer.decode(source)
-                shown = b"".join(tokenizer.token_bytes(token) for token in prompt if token not in tokenizer.special_ids)
+                shown, at = bytearray(), 0
+                for token in prompt:
+                    piece = tokenizer.token_bytes(token)
+                    if token in tokenizer.special_ids:  # in a text if the client wrote it there, as in a rendered chat
+                        text = piece.decode("utf-8", "replace")
+                        found = echo.find(text, at) if isinstance(source, str) else -1
+                        written.append(found >= 0)
+                        if found < 0:
+                            continue
+                        at = found + len(text)
+                    shown += piece
                 # The echo may lack the space that its tokens begin with, so count back from its end.
                 start = len(echo) - len(shown.decode("utf-8", "replace"))
-            self.choices += [Choice(tokenizer, echo, start) for _ in range(job.params.n)]
+            self.choices += [Choice(tokenizer, echo, start, written) for _ in range(job.params.n)]
 
     @property
     def is_finished(self) -> bool:
@@ -2879,6 +2912,8 @@ class Server(contextlib.AbstractContextManager):
             raise ValueError("serve: this model has no tokenizer, and the API speaks text")
         if api_key == "":
             raise ValueError("api_key: is empty, which would let everybody in")
+        if api_key and re.search(r"^ |[\x00-\x1f\x7f]| $", api_key):
+            raise ValueError("api_key: has a control character, or a space at an end, and so cannot be sent in a header")
         for name, least, value in (("max_queue", 0, max_queue), ("max_body", 1, max_body),
                                    ("max_connections", 1, max_connections)):
             if type(value) is not int or value < least:
@@ -2933,7 +2968,7 @@ class Server(contextlib.AbstractContextManager):
         try:
             listener = await self.loop.create_server(lambda: Connection(self), host, port, backlog=1024)
         except Exception as error:  # of many kinds, and `started` must be told
-            started.set_exception(ValueError(f"serve: can not listen at {host}:{port}: {error}"))
+            started.set_exception(ValueError(f"serve: cannot listen at {host}:{port}: {error}"))
             return
         self.engine = EngineThread(self.llm, self.loop, lambda: self.events.put("fatal"))
         self.text_threads = [concurrent.futures.ThreadPoolExecutor(1, "nanoserve text") for _ in range(2)]
@@ -2969,7 +3004,8 @@ class Server(contextlib.AbstractContextManager):
         """What parses and what answers a request, if it is allowed. Only /health and the page itself need no key."""
         if self.api_key and path not in ("/health", "/"):
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self.api_key.encode()):
+            own = self.api_key.encode("utf-8", "surrogateescape")  # as the bytes of a command line that are no UTF-8 come
+            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip(" \t").encode("latin-1"), own):
                 raise HTTPError(401, "Authorization: must be Bearer and this server's API key", code="invalid_api_key",
                                 WWW_Authenticate="Bearer")
         if path not in self.routes:
@@ -3175,7 +3211,7 @@ def serve(llm: LLM, host: str = "127.0.0.1", port: int = 0, **options) -> Server
     The options are `Server`'s. max_queue: samples that may wait beyond those that can run; more get 429 · max_body: bytes
     of a request's body · timeout: seconds for a client to send its headers, its body, or the next request, and to read
     what is written · teach: whoever sees the page may pause the engine for all, and slow it down.
-    Meanwhile nobody else may use the LLM. ValueError if the address can not be had. Survey A IV.A · B 3.2.4.
+    Meanwhile nobody else may use the LLM. ValueError if the address cannot be had. Survey A IV.A · B 3.2.4.
     """
     server = Server(llm, host, port, **options)
     who = "only this machine" if server.url.startswith(("http://127.", "http://[::1]")) else "other machines"
@@ -3436,7 +3472,7 @@ def bench(args: argparse.Namespace) -> None:
 
     if (args.compare or args.nano_vllm) and args.rate < math.inf:
         other = "--compare" if args.compare else "--nano-vllm"
-        raise ValueError(f"--rate: {args.rate} can not go with {other}, which submits all requests at once")
+        raise ValueError(f"--rate: {args.rate} cannot go with {other}, which submits all requests at once")
     device, folder = pick_device(args.device), find_model(args.model) if args.model else None
     shape = read_json(folder / "config.json") if folder else SHAPES[args.shape]
     config = ModelConfig.from_dict(shape)
@@ -3707,14 +3743,16 @@ def generate_file(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     try:
-        prompts = [line for line in Path(args.file).read_text(encoding="utf-8").split("\n") if line.strip()]
+        # Some editors begin a file with a byte order mark, which is no part of its first line.
+        prompts = [line for line in Path(args.file).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--file: {args.file}: {getattr(error, 'strerror', None) or 'is not UTF-8 text'}") from None
     out = Path(args.jsonl)
-    done = finished_results(out, prompts) if out.exists() else set()
+    done = finished_results(out, prompts) if out.is_file() else set()  # a pipe, /dev/stdout say, has nothing to read
     llm, params = make_llm(args), sampling_from(args)
     waiting = {}
-    with out.open("a", encoding="utf-8") as file, tqdm(total=len(prompts), initial=len(done), unit=" prompts") as bar:
+    with out.open("a", encoding="utf-8") as file, tqdm(
+            total=len(prompts), initial=len(done), unit=" prompts", disable=sys.stderr is None) as bar:
         def write(index, **result):
             file.write(json.dumps({"index": index, "prompt": prompts[index], **result}, ensure_ascii=False) + "\n")
             file.flush()

@@ -346,10 +346,12 @@ class Scheduler:
         request.urgency = (self.policy.key(request), request.arrival, 0)
         try:
             self._enqueue(request)
-        except TypeError:  # raised half-way through: undo
+        except Exception as error:  # raised half-way through: undo
             self.num_waiting -= 1
             request.status = FINISHED
             self._sweep()
+            if not isinstance(error, TypeError):  # the policy's own
+                raise
             raise ValueError(f"policy: its key {request.urgency[0]!r} cannot be compared with the others'") from None
         request.arrival_time = request.last_token_time = self.clock()
         if request.deadline is not None:

@@ -5,6 +5,7 @@ import builtins
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 import statistics
@@ -283,6 +284,32 @@ def test_generate_writes_a_line_for_each_prompt(options, files, llm):
                                  "num_tokens": 12}
 
 
+def test_generate_into_a_pipe(options, files, monkeypatch):
+    """As in `--jsonl /dev/stdout | jq`: what is there is nothing, and reading it would wait for ever for ourselves."""
+    prompts, out, argv = files
+    os.mkfifo(out)
+    pipe = os.open(out, os.O_RDWR)
+    monkeypatch.setattr(nanoserve, "finished_results", lambda *args: pytest.fail("it reads from the pipe"))
+    assert main([*argv, *options]) == 0
+    lines = os.read(pipe, 1 << 16).decode().splitlines()
+    os.close(pipe)
+    assert sorted(json.loads(line)["prompt"] for line in lines) == sorted(prompts)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(options, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("Grüße\r\nThe fox".encode("utf-8-sig"))
+    argv = ["generate", "--file", str(tmp_path / "prompts.txt"), "--jsonl", str(tmp_path / "out"), *PLAIN]
+    assert main([*argv, *options]) == 0
+    assert [rows(tmp_path / "out")[i]["prompt"] for i in (0, 1)] == ["Grüße", "The fox"]
+
+
+def test_generate_without_standard_error(options, files, monkeypatch):
+    """What Python starts with `2>&-` or as a Windows service has none."""
+    _, out, argv = files
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main([*argv, *options]) == 0 and len(rows(out)) == 5
+
+
 def test_generate_resumes_where_it_was_cut_off(options, files, monkeypatch):
     """Complete lines stay as they are, a line cut short and missing ones are done; then nothing is left to do."""
     _, out, argv = files
@@ -366,7 +393,7 @@ def test_bench_runs_agents_as_they_arrive(options, capsys, monkeypatch):
         assert f"{option}: must be a number from " in error and f"got {float(value)}" in error
     for other in (["--compare", "transformers"], ["--nano-vllm"]):
         assert main(["bench", *options, *agents, *other]) == 2
-        assert f"--rate: 400.0 can not go with {other[0]}" in capsys.readouterr().err
+        assert f"--rate: 400.0 cannot go with {other[0]}" in capsys.readouterr().err
     assert main(["bench", *options, *agents, "--kv-memory", "20kB"]) == 0  # lengths that the cache has room for
 
 

@@ -29,7 +29,7 @@ POLICIES = {name: lambda rng, name=name: name for name in scheduler.POLICIES} | 
 
 
 def forbid_repeats(token_ids, logits):
-    """A user's function that writes into what it is given, and can not bear to see the same token twice in a row."""
+    """A user's function that writes into what it is given, and cannot bear to see the same token twice in a row."""
     assert not (len(token_ids) > 1 and token_ids[-1] == token_ids[-2])
     logits[token_ids[-1]] = -math.inf
     return logits

@@ -754,8 +754,12 @@ def nvrtc():
         pytest.skip(f"no NVRTC here: {error}")
 
 
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_what_the_cache_folder_does_not_keep_is_compiled_again(nvrtc, monkeypatch, tmp_path):
-    """Code that was cut off or overwritten; a folder that can not be made."""
+    """Code that was cut off or overwritten; a folder that cannot be made, or even asked for; none, without a home."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = kernels.cuda_source("silu_mul", "float", N=1)
     code = kernels.nvrtc_compile(source, "sm_80")
@@ -765,7 +769,11 @@ def test_what_the_cache_folder_does_not_keep_is_compiled_again(nvrtc, monkeypatc
         assert kernels.nvrtc_compile(source, "sm_80") == code
         assert kept.read_bytes().startswith(code)
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for unusable in ("file", 300 * "x"):  # to ask for the latter fails, as it does in a folder of somebody else
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / unusable))
+        assert kernels.nvrtc_compile(source, "sm_80") == code
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(kernels.Path, "home", no_home)
     assert kernels.nvrtc_compile(source, "sm_80") == code
     assert list((tmp_path / "nanoserve").iterdir()) == [kept]
 

@@ -239,7 +239,7 @@ def test_an_endless_loop_is_shown_where_it_is(tmp_path, capsys):
 
 
 def test_a_broken_installation_is_3(tmp_path, run):
-    """If the engine beside it can not be imported the check says so, and does not blame the student."""
+    """If the engine beside it cannot be imported the check says so, and does not blame the student."""
     shutil.copytree(ROOT / "tutorial", tmp_path / "tutorial", ignore=shutil.ignore_patterns("model", "draft", "figures"))
     shutil.copy(ROOT / "kernels.py", tmp_path)
     (tmp_path / "nanoserve.py").write_text("raise ImportError('no torch here')\n")

@@ -676,6 +676,17 @@ def test_a_compiler_that_is_not_there_warns_too(monkeypatch, fresh):
         assert kernels.cpp_library(F32) is None
 
 
+def test_a_user_without_a_home_is_warned(monkeypatch, fresh):
+    """Some containers run as a user that has no account, and say nothing of HOME."""
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(kernels.Path, "home", home)
+    with pytest.warns(UserWarning, match="could not be built, PyTorch runs instead"):
+        assert kernels.cpp_library(F32) is None
+
+
 def test_without_a_compiler_pytorch_runs_silently(monkeypatch, fresh):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
@@ -709,7 +720,7 @@ def test_what_was_built_is_kept(monkeypatch, fresh):
 
 
 def test_a_damaged_build_is_not_fatal(monkeypatch, fresh):
-    """A library in the cache folder that can not be loaded costs a warning, not the run."""
+    """A library in the cache folder that cannot be loaded costs a warning, not the run."""
     monkeypatch.setattr(kernels, "_build_cpu_source", lambda *args: fresh / "broken.so")
     (fresh / "broken.so").write_text("not a library")
     monkeypatch.setenv("CXX", "c++")

@@ -359,6 +359,13 @@ def test_an_index_without_a_weight_map(copy, index):
     assert "model.safetensors.index.json" in one_line(lambda: LLM(folder))
 
 
+def test_weights_that_are_integers(copy):
+    """Quantized by somebody who left no word of it in config.json: taken as they are, they would make a model of noise."""
+    folder, name = copy("qwen3"), "model.layers.0.mlp.up_proj.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name: (127 * tensors[name]).to(torch.int8)}))
+    assert f"{name} holds int8" in one_line(lambda: LLM(folder))
+
+
 def cut(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
@@ -463,6 +470,13 @@ def test_a_weight_stored_the_wrong_way_round(copy):
     ({"num_attention_heads": 0}, "num_attention_heads"),
     ({"rope_scaling": "linear"}, "rope_scaling"),
     ({"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"]}, "layer_types"),
+    ({"layer_types": [1, 2]}, "layer_types"),
+    ({"layer_types": 2}, "layer_types must be a list, got 2"),
+    ({"rms_norm_eps": None}, "rms_norm_eps must be a number from 0 on, got None"),
+    ({"rope_theta": "1e6"}, "rope_theta must be a number from 0 on, got '1e6'"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor must be a number from 0 on, got '2'"),
+    ({"eos_token_id": "2"}, "eos_token_id: must be a token id or a list of them, got '2'"),
+    ({"eos_token_id": [2, 1.5]}, "eos_token_id: must be a token id or a list of them, got [2, 1.5]"),
 ], ids=lambda value: "" if isinstance(value, str) else "+".join(value))
 def test_configurations(copy, over, named):
     folder = copy("qwen3", **over)

@@ -226,6 +226,14 @@ def test_the_first_of_equal_logits_is_the_greedy_one(body):
     assert kernels.sample(logits, *columns([(0.0, 0, 1.0, 0.0)] * 2), noise(1, 2)).tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("setting", [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.7, 5, 0.9, 0.1)], ids=str)
+def test_logits_that_only_float64_can_hold(setting):
+    """They are infinite in float32, which probabilities are computed in, and so make no sense; as bans they do."""
+    largest = torch.finfo(torch.float64).max
+    logits = torch.tensor([[0.0, 1.0, largest, 2.0], [-largest, -largest, 1.0, -largest]], dtype=torch.float64)
+    assert kernels.sample(logits, *columns([setting] * 2), noise(1, 2)).tolist() == [-1, 2]
+
+
 @pytest.mark.parametrize("value", [math.nan, INF, -INF])
 @pytest.mark.parametrize("setting", [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.7, 5, 0.9, 0.1)], ids=str)
 def test_a_row_without_sense_gets_no_token(setting, value, body):

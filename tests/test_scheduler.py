@@ -442,6 +442,21 @@ def test_bad_settings_are_refused(limits, message):
         make(**limits)
 
 
+@pytest.mark.parametrize("name", ("lane", "level", "key"))
+def test_a_policy_that_fails_leaves_nothing_behind(name):
+    """An exception of its own, in the middle of `add`: the others go on, and then there is no work left."""
+    policy = Policy()
+    s = make(policy=policy)
+    first = s.add(Request(tokens(5), 3))
+    setattr(policy, name, lambda _: {}["who is that?"])
+    with pytest.raises(KeyError, match="who is that"):
+        s.add(Request(tokens(6), 3))
+    delattr(policy, name)
+    s.check()
+    drain(s)
+    assert first.num_output == 3 and not s.has_work()
+
+
 def test_the_limit_bounds_running_requests():
     """8. Not requests per step: those waiting for budget, and samples to come, count as well."""
     s = make(budget=4, requests=3)
@@ -751,7 +766,7 @@ def test_a_prompt_that_takes_the_whole_budget_is_not_outranked():
 
 
 def test_a_policy_that_contradicts_itself_comes_to_an_end():
-    """Whoever is first by key can not be outranked, whatever the policy says."""
+    """Whoever is first by key cannot be outranked, whatever the policy says."""
     class Odd(Policy):
         def outranks(self, waiting, running):
             return True

@@ -324,6 +324,19 @@ def test_logprobs_of_completions(server, offline, echo, streamed):
     assert not echo or got["tokens"][0] == "<|begin_of_text|>"
 
 
+def test_offsets_of_special_tokens_that_the_prompt_writes_out(server, offline):
+    """As in a chat that the client has rendered itself; a token that the tokenizer adds is not in the text."""
+    words = ["<|begin_of_text|>", "one", "<|end_of_text|>", "<|end_of_text|>", "two"]
+    assert {words[0], words[2]} <= {offline.tokenizer.backend.id_to_token(i) for i in offline.tokenizer.special_ids}
+    for prompt in ("".join(words), "".join(words[1:]), offline.tokenizer.encode("one")):
+        choice = complete(server, prompt, echo=True, logprobs=0, max_tokens=2, n=2, seed=1)["choices"][1]
+        got = choice["logprobs"]
+        ends = [*got["text_offset"][1:], len(choice["text"])]
+        shown = [choice["text"][start:end] for start, end in zip(got["text_offset"], ends)]
+        assert [text for text in shown if text] == [token for token, text in zip(got["tokens"], shown) if text]
+        assert "".join(shown) == choice["text"] and shown.count("") == 1
+
+
 def test_offsets_of_a_prompt_that_ends_inside_a_character(server, offline):
     ids = offline.tokenizer.encode("one 🦊", add_special_tokens=False)
     assert offline.tokenizer.decode(ids[:-1]) == "one \ufffd"
@@ -586,6 +599,22 @@ def test_the_key(serving):
             assert (status, answer["error"]["code"], got["WWW-Authenticate"]) == (401, "invalid_api_key", "Bearer")
     assert call(server, "/v1/completions", body, Authorization="Bearer sésame".encode())[0] == 200
     assert call(server, "/health")[0] == 200
+
+
+# Their last bytes in UTF-8 are spaces in Latin-1, which headers are read as. The last has a byte that is no UTF-8.
+@pytest.mark.parametrize("key", ["voilà", "Å", "a\xa0", "two words", "caf\udce9"])
+def test_keys_of_all_sorts(serving, key):
+    server, sent = serving(api_key=key), key.encode("utf-8", "surrogateescape")
+    assert call(server, "/stats", Authorization=b"Bearer " + sent)[0] == 200
+    assert call(server, "/stats", Authorization=b"Bearer \t" + sent + b" \t")[0] == 200
+    assert call(server, "/stats", Authorization=b"Bearer " + sent[:-1])[0] == 401
+
+
+@pytest.mark.parametrize("key", [" x", "x ", "x\n", "x\ty", "\0"])
+def test_a_key_that_nobody_could_send_is_refused(key):
+    with pytest.raises(ValueError, match="^api_key: ") as error:
+        serve(make(), api_key=key)
+    assert key not in str(error.value)
 
 
 # ---- connections ----
@@ -1297,15 +1326,15 @@ def test_an_engine_whose_books_are_wrong_says_so(serving, monkeypatch):
 
 @pytest.mark.parametrize("host", ["x" * 64, "a\0b", "1.2.3.4.5"], ids=repr)
 def test_a_host_that_is_none(host):
-    with pytest.raises(ValueError, match="serve: can not listen"):
+    with pytest.raises(ValueError, match="serve: cannot listen"):
         serve(make(), host)
 
 
 def test_an_address_that_is_taken(server, monkeypatch, capsys):
-    with pytest.raises(ValueError, match="serve: can not listen"):
+    with pytest.raises(ValueError, match="serve: cannot listen"):
         serve(make(), port=port_of(server))
     monkeypatch.setattr(nanoserve, "make_llm", lambda args, **more: make(**more))
-    assert main(["serve", "--port", str(port_of(server))]) == 2 and "can not listen" in capsys.readouterr().err
+    assert main(["serve", "--port", str(port_of(server))]) == 2 and "cannot listen" in capsys.readouterr().err
 
 
 # ---- what else is served ----

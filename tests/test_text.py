@@ -48,6 +48,14 @@ def test_ids_and_text_are_those_of_transformers(kind, case):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_text_that_is_no_unicode_is_a_value_error(kind):
+    """Python makes such halves of pairs of bytes of a command line or a file's name that are no UTF-8."""
+    for text in ("\udcff", "one \ud83e two"):
+        with pytest.raises(ValueError, match="^prompt: is not valid Unicode"):
+            TOKENIZERS[kind].encode(text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_vocabulary_counts_added_tokens(kind):
     assert TOKENIZERS[kind].vocab_size == REFERENCE[kind]["vocab_size"]
     for name in ("bos_token", "eos_token"):
@@ -145,7 +153,7 @@ def test_templates_get_what_transformers_gives_them(template, text, tmp_path):
 def test_where_a_template_may_be(tmp_path):
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     assert copied(tmp_path, "byte_level", chat_template=named).render_chat([]) == "D"
-    for absent in (None, named[:1]):
+    for absent in (None, named[:1], ["default"], [{"name": "default"}]):
         with pytest.raises(ValueError, match="no chat template"):
             copied(tmp_path, "byte_level", chat_template=absent).render_chat([])
     (tmp_path / "chat_template.jinja").write_text("é from the file", encoding="utf-8")

@@ -72,7 +72,7 @@ def experience(at: float, times: list[float], first: float, reads: float) -> flo
 
     After Andes (arXiv:2404.16283): 1 - (delay of what is read, summed over tokens) / (the same had all been read at the
     very end). The reader wishes the first token `first` after asking, and then `reads` tokens per unit of time: what comes
-    earlier waits to be read, and what comes later can not be caught up with faster than one reads.
+    earlier waits to be read, and what comes later cannot be caught up with faster than one reads.
     """
     due, read, last = [at + first + i / reads for i in range(len(times))], [], -math.inf
     for wish, came in zip(due, times):

@@ -13,7 +13,7 @@ Effect: 16 requests that share one reading of the weights do 14 times the FLOPs 
 # ## The idea
 #
 # A processor has two speeds: how many bytes a second it can read, and how many floating-point operations it can do. A
-# piece of work has two sizes: its bytes and its FLOPs. It can not be faster than the slower of the two allows:
+# piece of work has two sizes: its bytes and its FLOPs. It cannot be faster than the slower of the two allows:
 #
 #     seconds >= max(bytes / bandwidth, FLOPs / rate)
 #

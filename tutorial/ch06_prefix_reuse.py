@@ -19,7 +19,7 @@ Effect: multi-turn chat computes 20 % of its prompt tokens, token for token the 
 # what it holds and what came before; when a request arrives, walk the index and adopt what is there. A block that
 # nobody holds stays in the index until its memory is needed, least recently freed first (LRU).
 #
-# *Invariant:* a block is found only by the tokens it was computed from and the ones before them; so reuse can not
+# *Invariant:* a block is found only by the tokens it was computed from and the ones before them; so reuse cannot
 # change an answer.
 # *Cost:* one dictionary lookup per block of a new prompt, and memory that would otherwise be idle.
 
@@ -208,7 +208,7 @@ with book.figure(args, "ch06_prefix_reuse", columns=3, size=(9.5, 3.4)) as axes:
 #
 # SGLang's paper reports hit rates of 50 to 99 % on its workloads with a radix tree over the same idea, and up to 6.4
 # times the throughput. CachedAttention keeps conversations on disk, and reports up to 87 % less time to the first token
-# of later turns. Where a model has recurrent layers, a prefix is a *state* and can not be cut at a block (Marconi).
+# of later turns. Where a model has recurrent layers, a prefix is a *state* and cannot be cut at a block (Marconi).
 #
 # ## Try this
 #

@@ -139,7 +139,7 @@ book.predicted("first token, first come against shortest first", PREDICT, gain,
     f"rush it is {min(gains):.1f} to {max(gains):.1f}")
 
 # %% [markdown]
-# Who pays? *Shortest first* takes from the long: their mean wait doubles, and the worst more so. *Feedback* can not
+# Who pays? *Shortest first* takes from the long: their mean wait doubles, and the worst more so. *Feedback* cannot
 # tell long from short before the first token, and lets the long pay afterwards; if it recomputes, the average pays too.
 # *Readers* keeps the worst wait as short as first come does. Who chooses the measure chooses the policy.
 #

@@ -281,7 +281,7 @@ def inside(ex, path: Path, limit: float) -> None:
 def judge(ex, source: bytes | None, limit: float = TIME_LIMIT) -> tuple[str, str, str]:
     """Grade a submission in a process of its own: (result, what to tell, what it printed).
 
-    The result is one of `grade`, or timeout, or crashed, or missing where source is None. If the engine can not even do its
+    The result is one of `grade`, or timeout, or crashed, or missing where source is None. If the engine cannot even do its
     own part everything ends, with exit code 3.
     """
     if source is None:

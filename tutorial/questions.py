@@ -97,7 +97,7 @@ def capacity(rng):
 
 def samples(rng):
     """{n} samples of one prompt of {prompt} tokens, with {output} tokens generated for each, of which the last is not in the
-    cache yet; blocks of {size}. How many blocks do they hold together? Which block of the prompt can not stay shared, and
+    cache yet; blocks of {size}. How many blocks do they hold together? Which block of the prompt cannot stay shared, and
     when is it copied?"""
     size, prompt, output, n = rng.choice((8, 16, 32)), rng.randint(50, 300), rng.randint(20, 90), rng.randint(2, 6)
     prompt += prompt % size == 0
