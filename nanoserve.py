@@ -2203,7 +2203,7 @@ class Progress:
 
     job: Job
     index: int  # which choice of the answer
-    last_token: float
+    last_token_time: float
     num_output: int = 0
     num_sent: int = 0
     num_chars: int = 0  # in what was sent
@@ -2214,7 +2214,7 @@ class Job:
     """One POST: what it asks of the engine, and the mailbox for what comes back."""
 
     def __init__(self, body: dict, is_chat: bool):
-        self.is_chat, self.arrived = is_chat, time.perf_counter()
+        self.is_chat, self.arrival_time = is_chat, time.perf_counter()
         self.params = parse_sampling(body, is_chat)
         self.source = [parse_messages(body.get("messages"))] if is_chat else parse_prompts(body.get("prompt"))
         self.stream, self.echo = flag(body, "stream"), not is_chat and flag(body, "echo")
@@ -2348,7 +2348,7 @@ class EngineThread(threading.Thread):
             for i, prompt in enumerate(job.prompts):
                 request = self.llm.add_request(prompt, job.params, job.priority, job.cache_salt, job.tenant)
                 job.requests.append(request)
-                self.progress[request] = [Progress(job, i * n + k, job.arrived) for k in range(n)]
+                self.progress[request] = [Progress(job, i * n + k, job.arrival_time) for k in range(n)]
             self.num_prompt_tokens += sum(map(len, job.prompts))
         except Exception as error:
             self.forget(job)
@@ -2424,8 +2424,8 @@ class EngineThread(threading.Thread):
             if not samples or (progress := samples[request.sample_index]).is_over:  # its client has left, or has all of it
                 continue
             if request.num_output > progress.num_output:
-                (self.itl if progress.num_output else self.ttft).observe(now - progress.last_token)
-                progress.last_token, progress.num_output = now, request.num_output
+                (self.itl if progress.num_output else self.ttft).observe(now - progress.last_token_time)
+                progress.last_token_time, progress.num_output = now, request.num_output
             self.unsent[request] = progress
             if request.status == FINISHED or not progress.num_sent:
                 urgent.append(request)
@@ -2444,7 +2444,7 @@ class EngineThread(threading.Thread):
                 if is_whole or (job.stream and request.num_output > progress.num_sent):
                     news.append((job, self._update(progress, request)))
                 if is_whole:
-                    self.e2e.observe(progress.last_token - job.arrived)
+                    self.e2e.observe(progress.last_token_time - job.arrival_time)
                 elif request.error:
                     raise HTTPError(504 if request.expired else 500, request.error)
             except Exception as error:
@@ -2631,7 +2631,7 @@ class Connection(asyncio.Protocol):
         self.is_watched = self.is_unread = False  # see `watch`; it has sent, or will, what is not going to be read
         self.keep_alive = self.is_idle = True  # another request may come; none is being read or answered
         self.is_head = self.is_http10 = self.is_streaming = False  # the request's method and version; its answer's state
-        self.arrived, self.length = 0.0, 0  # of its request's body: when it was there, and its bytes
+        self.body_time, self.length = 0.0, 0  # of its request's body: when it was there, and its bytes
         self._change = server.loop.create_future()  # what the task waits for
 
     # ---- what the loop calls ----
@@ -2807,7 +2807,7 @@ class Connection(asyncio.Protocol):
             await self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         await self._arrives("body", lambda: len(self.received) >= int(length))
         body, self.is_unread = self._take(int(length)), False
-        self.arrived, self.length = time.perf_counter(), len(body)
+        self.body_time, self.length = time.perf_counter(), len(body)
         if parse:
             await handler(self, await self.read(lambda: parse(parse_json(body))))
         else:
@@ -3030,7 +3030,7 @@ class Server(contextlib.AbstractContextManager):
     async def _complete(self, connection, job):
         with self._admitted(job):
             connection.watch()
-            job.arrived = connection.arrived  # since then its body may have waited for a thread
+            job.arrival_time = connection.body_time  # since then its body may have waited for a thread
             await connection.read(job.tokenize, self.llm)
             self.engine.commands.put(lambda: self.engine.add(job))
             updates = await job.take()  # up to here an error has a status of its own

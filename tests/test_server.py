@@ -505,7 +505,7 @@ def test_a_body_arrives_before_it_is_read(serving, monkeypatch):
     server, read, began, arrived = serving(), nanoserve.parse_json, [], []
     monkeypatch.setattr(nanoserve, "parse_json", lambda body: (began.append(time.perf_counter()), read(body))[1])
     add = server.engine.add
-    monkeypatch.setattr(server.engine, "add", lambda job: (arrived.append(job.arrived), add(job)))
+    monkeypatch.setattr(server.engine, "add", lambda job: (arrived.append(job.arrival_time), add(job)))
     for metadata in ("short", "long" * nanoserve.SHORT_BODY):
         complete(server, max_tokens=1, metadata={"text": metadata})
     assert all(map(operator.le, arrived, began)) and len(arrived) == len(began) == 2
