@@ -1488,7 +1488,8 @@ def nvrtc_compile(source: str, arch: str) -> bytes:
 
     version = "{}.{}".format(*nvrtc.nvrtcVersion()[1:])
     target = cache_file(f"cuda-{arch}", ".cubin", source, arch, version)
-    if os.path.exists(target):  # code, then its hash: a full disk or a crash may have cut it short
+    # The code, then its hash: a full disk or a crash may have cut it short. (Path.exists raises where it may not look.)
+    if os.path.exists(target):
         code, end = (data := target.read_bytes())[:-32], data[-32:]
         if hashlib.sha256(code).digest() == end:
             return code
@@ -2100,13 +2101,13 @@ tiled_attention(const T* q, const Entry* k_cache, const Entry* v_cache, const bf
     }
     // A warp copies EACH of the keys or values, SIDE lanes a row; one lane looks up where it lies, shuffles tell the others.
     constexpr int EACH = KEYS / WARPS, SIDE = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2;
-    float factor = 1;  // lanes 0 .. 15: the scales of the warp's keys, 16 .. 31: those of their values
+    float next_factor = 1;  // lanes 0 .. 15: the scales of the warp's keys, 16 .. 31: those of their values
     auto find = [&](int j) {
         int at = min(j + warp * EACH + lane % EACH, last);  // past the last key that one again: nobody sees it there
         int block = block_tables[b * M + at / block_size];
         if (INT8) {
             long long place = ((long long)block * kv_heads + kv_head) * block_size + at % block_size;
-            factor = to_float((lane < EACH ? k_scales : v_scales)[place]);
+            next_factor = to_float((lane < EACH ? k_scales : v_scales)[place]);
         }
         return block * block_size + at % block_size;
     };
@@ -2150,7 +2151,7 @@ tiled_attention(const T* q, const Entry* k_cache, const Entry* v_cache, const bf
     for (int j = first; j <= last; j += KEYS) {
         finish_copies(keys);  // and all warps are done with the last values and scales
         start_copies(values, v_cache, slot);
-        if (INT8) *factor_of(lane < EACH ? keys : values, warp * EACH + lane % EACH) = factor;
+        if (INT8) *factor_of(lane < EACH ? keys : values, warp * EACH + lane % EACH) = next_factor;
         slot = find(j + KEYS);
         float s[MINE][KEYS / 8][4] = {};
         auto multiply_by_scales = [&](T* rows) {  // of K or V

@@ -116,7 +116,7 @@ class ModelConfig:
     dtype: str = "float32"  # as stored
     eos_ids: tuple = ()
 
-    # Not fields: the `model_type`s that are supported, and the keys of config.json that must be positive integers.
+    # Not fields: the `model_type`s that are supported, and of which kind the values in config.json must be, see `_check`.
     FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "olmoe")
     COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
               "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions", "num_experts", "num_local_experts",
@@ -318,11 +318,11 @@ class GPT:
             # Write K and V, then attend: a token sees itself through the cache like any other.
             q = kernels.rope_and_write_kv(qkv, c.num_heads, batch.positions, batch.slots, self.rope, q_norm, k_norm,
                                           c.norm_eps, k_cache, v_cache, scales)
+            if layer is self.layers[-1] and not len(batch.rows):  # the middle of a prompt: its keys and values are all
+                return x.new_empty(0, c.vocab_size)
             attended = kernels.paged_attention(q, k_cache, v_cache, batch.block_tables, batch.context_lens,
                                                batch.query_start, scale, window, scales).flatten(1)
             if layer is self.layers[-1]:  # from here on only the rows whose logits are wanted
-                if not len(batch.rows):  # the middle of a prompt; not every kernel below can be launched on zero rows
-                    return x.new_empty(0, c.vocab_size)
                 attended, x = attended[batch.rows], x[batch.rows]
             delta = kernels.linear(attended, layer.o, layer.o_bias)
             h, x = kernels.add_norm(x, delta, layer.mlp_norm, layer.mlp_norm_bias, c.norm_eps)
@@ -501,7 +501,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, max_len: int | 
             if tuple(tensor.shape) != expected:
                 raise ValueError(f"{path.name}: {name} has shape {list(tensor.shape)}, config.json implies {list(expected)}")
             if not tensor.is_floating_point():
-                raise ValueError(f"{path.name}: {name} holds {str(tensor.dtype)[6:]}, not floating-point numbers")
+                raise ValueError(f"{path.name}: {name} holds {tensor.dtype}, not floating-point numbers")
             key = (place.layer, place.name, place.expert)
             weight, missing = parts.pop(key, (None, place.shape[0]))
             weight = torch.empty(place.shape, dtype=dtype, device=device) if weight is None else weight
@@ -1241,8 +1241,7 @@ class LLM:
             self.model, self.tokenizer = model, None
         # Some checkpoints name end tokens that lie outside their vocabulary.
         self.eos_ids = frozenset(token for token in config.eos_ids if 0 <= token < config.vocab_size)
-        self.device = self.model.device
-        is_cuda = self.device.type == "cuda"
+        self.device, is_cuda = self.model.device, self.model.device.type == "cuda"
         if self.device.type == "cpu":
             keep_freed_memory()
         max_batch_requests = max_batch_requests or min(256, max_batch_tokens or 256)
@@ -2192,7 +2191,7 @@ class Update(NamedTuple):
     index: int  # which choice of the answer
     text: str
     num_tokens: int
-    logprobs: list[tuple[int, dict[int, float] | None]]  # (token, of the likeliest and itself), of all that the text shows
+    logprobs: list[tuple[int, dict[int, float] | None]]  # (token, log-probabilities at its place), of all in the text
     finish_reason: str | None
     is_cut: bool  # a stop string ended it: the last tokens reach beyond the text
 
@@ -2470,7 +2469,7 @@ class EngineThread(threading.Thread):
         def deliver():
             for job, item in news:
                 job.deliver(item)
-            if sets_pace:  # by what the loop has spent since the last time, on this and all else, it rests now
+            if sets_pace:  # the more time the loop has spent since the last one, on whatever, the later the next one
                 before, self.loop_seconds = self.loop_seconds, time.thread_time()
                 self.next_due = time.perf_counter() + min(STREAM_GAP, (self.loop_seconds - before) / STREAM_SHARE)
 
@@ -2483,11 +2482,11 @@ class EngineThread(threading.Thread):
 class Choice:
     """One sample as its client sees it: the text so far, and the log-probabilities of the tokens that it shows."""
 
-    def __init__(self, tokenizer: Tokenizer, echo: str, start: int, written: list[bool]):
+    def __init__(self, tokenizer: Tokenizer, echo: str, start: int, is_written: list[bool]):  # see `echo_of`
         self.tokenizer, self.num_tokens, self.finish_reason = tokenizer, 0, None
         self._echo, self._num_chars = echo, 0  # what its text begins with; how much of it was taken
         self._start, self._decoder = start, codecs.getincrementaldecoder("utf-8")("replace")
-        self._written = iter(written)  # for each of the first special tokens, whether the text shows it
+        self._is_written = iter(is_written)
         self._held: list[tuple[int, dict | None, int]] = []  # (token, log-probabilities, where in the text it starts)
 
     def take(self, updates: list[Update]) -> tuple[str, list[tuple]]:
@@ -2499,7 +2498,7 @@ class Choice:
         for token, logprobs in chain(*(update.logprobs for update in updates)):
             self._held.append((token, logprobs, max(0, self._start)))
             # A character in several tokens is the last one's.
-            if token not in self.tokenizer.special_ids or next(self._written, False):
+            if token not in self.tokenizer.special_ids or next(self._is_written, False):
                 self._start += len(self._decoder.decode(self.tokenizer.token_bytes(token)))
         self.num_tokens += sum(update.num_tokens for update in updates)
         self.finish_reason = updates[-1].finish_reason
@@ -2507,6 +2506,25 @@ class Choice:
         n = bisect.bisect_left(self._held, end, key=lambda entry: entry[2])
         entries, self._held = self._held[:n], self._held[n:]
         return text, entries
+
+
+def echo_of(tokenizer: Tokenizer, source: str | list[int], prompt: list[int]) -> tuple[str, int, list[bool]]:
+    """A prompt as an answer echoes it: its text; where in it the first of its tokens starts, which is below 0 if the text
+    lacks the space that they begin with; and for each of its special tokens whether the text has it, as a chat that the
+    client has rendered does.
+    """
+    echo, shown, is_written, at = source if isinstance(source, str) else tokenizer.decode(source), bytearray(), [], 0
+    for token in prompt:
+        piece = tokenizer.token_bytes(token)
+        if token in tokenizer.special_ids:
+            text = piece.decode("utf-8", "replace")
+            found = echo.find(text, at) if isinstance(source, str) else -1
+            is_written.append(found >= 0)
+            if found < 0:
+                continue
+            at = found + len(text)
+        shown += piece
+    return echo, len(echo) - len(shown.decode("utf-8", "replace")), is_written
 
 
 class Answer:
@@ -2520,23 +2538,8 @@ class Answer:
         self.frame = {"id": name, "object": kind, "created": int(time.time()), "model": model}
         self.choices: list[Choice] = []
         for source, prompt in zip(job.source, job.prompts):
-            echo, start, written = "", 0, []
-            if job.echo:
-                echo = source if isinstance(source, str) else tokenizer.decode(source)
-                shown, at = bytearray(), 0
-                for token in prompt:
-                    piece = tokenizer.token_bytes(token)
-                    if token in tokenizer.special_ids:  # in a text if the client wrote it there, as in a rendered chat
-                        text = piece.decode("utf-8", "replace")
-                        found = echo.find(text, at) if isinstance(source, str) else -1
-                        written.append(found >= 0)
-                        if found < 0:
-                            continue
-                        at = found + len(text)
-                    shown += piece
-                # The echo may lack the space that its tokens begin with, so count back from its end.
-                start = len(echo) - len(shown.decode("utf-8", "replace"))
-            self.choices += [Choice(tokenizer, echo, start, written) for _ in range(job.params.n)]
+            echo = echo_of(tokenizer, source, prompt) if job.echo else ("", 0, [])
+            self.choices += [Choice(tokenizer, *echo) for _ in range(job.params.n)]
 
     @property
     def is_finished(self) -> bool:

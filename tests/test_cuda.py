@@ -321,7 +321,7 @@ def test_overlap_on_and_off_agree(device):
     assert run(overlap=True) == run(overlap=False)
 
 
-def no_vowels(tokens, logits):
+def ban_some(tokens, logits):
     logits[1:300:5] = -torch.inf
     return logits
 
@@ -331,7 +331,7 @@ FEATURES = {  # what LLM and what the requests are given
     "draft model": ({"draft": "default"}, {"top_k": 3}), "n-grams": ({"draft": "ngram"}, {"temperature": 0}),
     "beams": ({}, {"beam_search": True, "n": 3, "temperature": 0}), "samples": ({}, {"n": 3, "top_k": 3}),
     "edits": ({}, {"presence_penalty": 0.5, "repetition_penalty": 1.2, "logit_bias": {7: 2.0}, "min_tokens": 5, "top_k": 3}),
-    "a user's processor": ({}, {"logits_processor": no_vowels, "top_p": 0.7}),
+    "a user's processor": ({}, {"logits_processor": ban_some, "top_p": 0.7}),
     "log-probabilities": ({}, {"logprobs": 3, "prompt_logprobs": 2, "top_k": 3}),
 }
 
@@ -351,6 +351,7 @@ def use(feature, device):
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
 def test_features_do_the_same_on_a_gpu(feature, device):
+    """Where there is none, this shows that the requests do use the feature, and get the same twice."""
     (outputs, llm), (expected, _) = use(feature, device), use(feature, "cpu")
     assert [out.token_ids for out in outputs] == [out.token_ids for out in expected]
     for name in ("cumulative_logprob", "logprobs", "prompt_logprobs"):

@@ -979,6 +979,21 @@ def test_a_step_without_memory_names_the_knobs(monkeypatch):
         llm._compute_the_largest_step(torch.float64, 4, 64, 16)
 
 
+def test_the_middle_of_a_prompt_attends_to_nothing_in_the_last_layer(monkeypatch):
+    """Nobody wants its logits, so its keys and values are all that the layer has to compute."""
+    attend, calls = kernels.paged_attention, []
+    monkeypatch.setattr(kernels, "paged_attention", lambda *args: (calls.append(1), attend(*args))[1])
+    llm = engine(max_batch_tokens=16)
+    request = llm.add_request(list(range(1, 33)), GREEDY)
+    counts = []
+    while llm.has_work() and len(counts) < 3:
+        calls.clear()
+        llm.step()
+        counts.append(len(calls))
+    layers = llm.model.config.num_layers
+    assert counts == [layers - 1, layers, layers] and request.num_output == 2
+
+
 def test_graphs_without_memory_name_the_knobs(monkeypatch):
     """The cache's share of the memory may leave too little for what they need."""
     def graphs(*_):

@@ -363,7 +363,7 @@ def test_weights_that_are_integers(copy):
     """Quantized by somebody who left no word of it in config.json: taken as they are, they would make a model of noise."""
     folder, name = copy("qwen3"), "model.layers.0.mlp.up_proj.weight"
     edit_tensors(folder, lambda tensors: tensors.update({name: (127 * tensors[name]).to(torch.int8)}))
-    assert f"{name} holds int8" in one_line(lambda: LLM(folder))
+    assert f"{name} holds torch.int8" in one_line(lambda: LLM(folder))
 
 
 def cut(path: Path, size: int) -> None:

