@@ -28,6 +28,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -519,17 +520,22 @@ def _paged_attention_cuda(cuda, q, k_cache, v_cache, k_scales, v_scales, block_t
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def edit_logits(logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, bias: torch.Tensor,
-                divide: torch.Tensor, subtract: torch.Tensor) -> None:
+def edit_logits(logits: torch.Tensor, starts: torch.Tensor, edits: torch.Tensor) -> None:
     """Change single entries of logits [S, V], contiguous, in place; biases, bans and penalties are all of this form.
 
-    Entry (rows[i], tokens[i]) gets bias[i] added (-inf bans it), is moved towards "unlikely" by the factor divide[i]
-    (repetition penalty: positive logits are divided, negative ones multiplied, arXiv:1909.05858), and loses subtract[i]
-    (presence and frequency penalty). No entry may be named twice.
+    edits: [N, 4], float64 where the device has it; those of row i are edits[starts[i]:starts[i + 1]]. starts: [S + 1] int64.
+    The columns are token, bias, divide and subtract: the token's logit gets bias added (-inf bans it), is moved towards
+    "unlikely" by the factor divide (repetition penalty: positive logits are divided, negative ones multiplied,
+    arXiv:1909.05858), and loses subtract (presence and frequency penalty). No row may name a token twice.
     """
-    entries, at = logits.view(-1), rows * logits.shape[1] + tokens
+    cpp, _ = compiled(logits)
+    if cpp:
+        return cpp("edit_logits", logits, starts, edits, *logits.shape)
+    tokens, bias, divide, subtract = edits.unbind(1)
+    rows = torch.arange(len(logits), device=logits.device).repeat_interleave(starts.diff(), output_size=len(edits))
+    entries, at = logits.view(-1), rows * logits.shape[1] + tokens.long()
     picked = entries[at] + bias
-    entries[at] = torch.where(picked > 0, picked / divide, picked * divide) - subtract
+    entries[at] = (torch.where(picked > 0, picked / divide, picked * divide) - subtract).to(logits.dtype)
 
 
 def token_probabilities(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor,
@@ -673,6 +679,7 @@ class CppLibrary:
         "rope_and_write_kv": [_P] * 10 + [_I] * 6 + [_F],
         "paged_attention": [_P] * 9 + [_I] * 9 + [_F],
         "panel_linear": [_P] * 5 + [_I] * 6,
+        "edit_logits": [_P] * 3 + [_I] * 2,
         "sample": [_P] * 7 + [_I] * 3,
     }
 
@@ -686,7 +693,7 @@ class CppLibrary:
 
 
 def cpp_compiler() -> str | None:
-    """The system's C++ compiler."""
+    """The system's C++ compiler, which CXX may name with a word before it or after it, such as "ccache g++"."""
     return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
@@ -705,7 +712,7 @@ def cpp_library(dtype: torch.dtype) -> CppLibrary | None:
 
 def build_library(name: str, compiler: str, flags: list[str], source: str, *depends: str) -> Path:
     """The shared library of a C++ source, built unless the cache folder has it. depends: what else it depends on."""
-    command = [compiler, *flags, "-shared", "-fPIC", "-x", "c++", "-"]
+    command = [*shlex.split(compiler), *flags, "-shared", "-fPIC", "-x", "c++", "-"]
     target = cache_file(name, ".so", source, *command, *depends)
     if not target.exists():
         with new_file(target) as path:
@@ -1140,6 +1147,17 @@ extern "C" void panel_linear(const T* x, const void* panels, const float* scales
 #ifdef __AVX512BF16__  // tells `pack_weight`: without this instruction oneDNN is twice as fast
 extern "C" void multiplies_pairs() {}
 #endif
+
+// ---- Single entries of the logits changed.
+extern "C" void edit_logits(T* logits, const int64_t* starts, const double* edits, int64_t rows, int64_t V) {
+    for (int64_t r = 0; r < rows; r++) {
+        for (const double* edit = edits + 4 * starts[r]; edit < edits + 4 * starts[r + 1]; edit += 4) {
+            T* logit = logits + r * V + (int64_t)edit[0];
+            double picked = to_float(*logit) + edit[1], less = picked / edit[2], more = picked * edit[2];
+            put(logit, float((picked > 0 ? less : more) - edit[3]));
+        }
+    }
+}
 
 // ---- One token per row: the one where the cumulative probability, of those that the filters keep, passes the noise. Each
 // filter is a limit on the depth: how far a logit lies below the largest one, after temperature.

@@ -23,6 +23,7 @@ Survey A II, IV.A · B 2.1, 2.3, 3.2 · C Background.
 from __future__ import annotations
 
 import argparse
+import array
 import asyncio
 import base64
 import bisect
@@ -60,6 +61,7 @@ from http import HTTPStatus
 from itertools import accumulate, chain, islice, product, zip_longest
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -852,36 +854,37 @@ class SamplingParams:
 class Edits:
     """The built-in logits processors of one request: bias, penalties and bans, as changes to single entries of its logits.
 
-    `entries` is what `kernels.edit_logits` takes, so that those of a whole batch are one operation. Each call only looks at
-    the tokens that were appended since the last one, so that a step costs the same however long the request is.
+    Each call only looks at the tokens that were appended since the last one, so that a step costs the same however long the
+    request is.
     """
 
     def __init__(self, params: SamplingParams, num_prompt: int, stop_ids: frozenset):
         self.params, self.num_prompt, self.num_seen = params, num_prompt, 0
-        self.row_of: dict[int, int] = {}  # token -> its row in the arrays
-        self.tokens = np.empty(64, dtype=np.int64)
-        self.changes = np.empty((64, 3))  # bias, divide, subtract
+        self.rows = array.array("d")  # token, bias, divide, subtract; token, bias, ... as `kernels.edit_logits` takes them
+        self.row_of: dict[int, int] = {}  # token -> where its row begins
         self.in_output: set[int] = set()
         self.biases, self.banned = params.logit_bias or {}, stop_ids if params.min_tokens else ()
+        self.counts = params.presence_penalty or params.frequency_penalty
         for token, bias in self.biases.items():
-            self._row(token)[0] = bias
+            self.rows[self._row(token) + 1] = bias
         for token in self.banned:
-            self._row(token)[0] = -math.inf
+            self.rows[self._row(token) + 1] = -math.inf
 
     @staticmethod
     def wanted(p: SamplingParams) -> bool:
         """Whether a request with these parameters needs any."""
         return bool(p.logit_bias or p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1 or p.min_tokens)
 
-    def entries(self, token_ids: list[int], drafts: list[int] = ()) -> tuple[np.ndarray, np.ndarray]:
-        """After these tokens, and drafts that may turn out wrong: tokens int64 [n], and bias, divide, subtract [n, 3]."""
+    def after(self, token_ids: list[int], drafts: list[int] = ()) -> array.array:
+        """The rows after these tokens, and drafts that may turn out wrong; until the next call."""
         for token in token_ids[self.num_seen:]:
             self._take(token)
-        edits = self.copy() if drafts else self
+        if not drafts:
+            return self.rows
+        edits = self.copy()
         for token in drafts:
             edits._take(token)
-        n = len(edits.row_of)
-        return edits.tokens[:n], edits.changes[:n]
+        return edits.rows
 
     def _take(self, token):
         p = self.params
@@ -889,30 +892,26 @@ class Edits:
         num_output = self.num_seen - self.num_prompt
         if num_output == p.min_tokens:
             for banned in self.banned:
-                self._row(banned)[0] = self.biases.get(banned, 0)
-        counts = num_output > 0 and (p.presence_penalty or p.frequency_penalty)
-        if counts or p.repetition_penalty != 1:
+                self.rows[self._row(banned) + 1] = self.biases.get(banned, 0)
+        if p.repetition_penalty != 1 or (self.counts and num_output > 0):
             row = self._row(token)
-            row[1] = p.repetition_penalty
-            if counts:
-                row[2] += p.frequency_penalty + p.presence_penalty * (token not in self.in_output)
+            self.rows[row + 2] = p.repetition_penalty
+            if num_output > 0:
+                self.rows[row + 3] += p.frequency_penalty + p.presence_penalty * (token not in self.in_output)
                 self.in_output.add(token)
 
-    def _row(self, token) -> np.ndarray:
-        """(bias, divide, subtract) of a token, to be written."""
+    def _row(self, token) -> int:
         row = self.row_of.get(token)
         if row is None:
-            row = self.row_of[token] = len(self.row_of)
-            if row == len(self.tokens):  # twice the room; what the new half holds is overwritten before it is read
-                self.tokens, self.changes = (np.concatenate([old, old]) for old in (self.tokens, self.changes))
-            self.tokens[row], self.changes[row] = token, (0, 1, 0)
-        return self.changes[row]
+            row = self.row_of[token] = len(self.rows)
+            self.rows.extend((token, 0, 1, 0))
+        return row
 
     def copy(self) -> Edits:
         """For another request that continues the same tokens."""
         other = copy.copy(self)
         other.row_of, other.in_output = self.row_of.copy(), self.in_output.copy()
-        other.tokens, other.changes = self.tokens.copy(), self.changes.copy()
+        other.rows = self.rows[:]
         return other
 
 
@@ -1096,7 +1095,7 @@ class UserFunction:
         self.function, self.vocab_size = function, vocab_size
 
     def __call__(self, request: Request, k: int) -> list[int]:
-        drafts = list(self.function(request.tokens.copy()))[:k]
+        drafts = list(self.function(request.tokens.copy()) or ())[:k]  # None is no drafts too
         for token in drafts:
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise ValueError(f"draft: the function proposed {token!r}, not a token id from 0 to {self.vocab_size - 1}")
@@ -1744,6 +1743,8 @@ class LLM:
 
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the device; from pinned memory, so that the host does not wait for it."""
+        if self.device.type == "mps" and tensor.dtype == torch.float64:  # which it has not
+            tensor = tensor.float()
         return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
 
     def sample(self, samplers: list[Sampler], logits: torch.Tensor) -> tuple[list[int], list[dict | None]]:
@@ -1780,25 +1781,21 @@ class LLM:
             np.array([request.num_output + request.num_pending + j + (i << 32) for request, i, j in samplers]))
         columns = torch.from_numpy(np.array([[p.temperature for p in params], [p.top_k for p in params],
                                              [p.top_p for p in params], [p.min_p for p in params], noise]))
-        columns = self._send(columns.float() if logits.device.type == "mps" else columns)  # mps has no float64
-        temperature, top_k, top_p, min_p, noise = columns
+        temperature, top_k, top_p, min_p, noise = self._send(columns)
         return kernels.sample(logits, temperature.float(), top_k.long(), top_p.float(), min_p.float(), noise)
 
     def edit(self, samplers: list[Sampler], logits: torch.Tensor) -> torch.Tensor:
         """Logits [S, V] after all logits processors: the built-in ones in one operation, then users' own row by row."""
-        rows, parts = [], []
-        for i, (request, _, num_drafts) in enumerate(samplers):
-            if request.edits:
-                parts.append(request.edits.entries(request.tokens, request.drafts[:num_drafts]))
-                rows.append(i)
+        parts = [request.edits.after(request.tokens, request.drafts[:num_drafts]) if request.edits else b""
+                 for request, _, num_drafts in samplers]
+        edits = bytearray().join(parts)
         users = [i for i, (request, *_) in enumerate(samplers) if request.params.logits_processor]
-        if rows or users:  # a copy: a user's function may write into what it is given
+        if edits or users:  # a copy: a user's function may write into what it is given
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).contiguous()
-        if rows:
-            rows = np.repeat(rows, [len(tokens) for tokens, _ in parts])
-            where = torch.from_numpy(np.array([rows, np.concatenate([tokens for tokens, _ in parts])]))
-            changes = torch.from_numpy(np.concatenate([changes for _, changes in parts]).T).to(logits.dtype)
-            kernels.edit_logits(logits, *where.to(logits.device), *changes.to(logits.device))
+        if edits:
+            starts = torch.tensor([0, *accumulate(len(part) // 4 for part in parts)])
+            edits = torch.frombuffer(edits, dtype=torch.float64).view(-1, 4)
+            kernels.edit_logits(logits, self._send(starts), self._send(edits))
         for i in users:
             request, _, num_drafts = samplers[i]
             try:
@@ -2039,6 +2036,8 @@ COMPLETION_FIELDS = COMMON_FIELDS | {"prompt", "echo"}
 CHAT_FIELDS = COMMON_FIELDS | {"messages", "top_logprobs", "max_completion_tokens"}
 HARMLESS_FIELDS = {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
                    "prompt_cache_retention"}  # OpenAI's, ignored: they do not change the answer
+NEUTRAL_VALUES = {"best_of": 1, "suffix": "", "tools": [], "tool_choice": "none", "response_format": {"type": "text"},
+                  "modalities": ["text"]}  # of fields that are not built, what some clients send where nothing is wanted
 
 
 class HTTPError(Exception):
@@ -2094,7 +2093,7 @@ def parse_json(body: bytes) -> dict:
 def check_fields(body: dict, known: set[str]) -> None:
     """ValueError that names the first field which is unknown. One that is null is as good as absent."""
     for name, value in body.items():
-        if value is not None and name not in known and name not in HARMLESS_FIELDS:
+        if value is not None and name not in known | HARMLESS_FIELDS and value != NEUTRAL_VALUES.get(name):
             close = difflib.get_close_matches(name[:100], known, 1)
             raise ValueError(f"{name[:100]}: this server has no such field" + (f"; {close[0]} is one" if close else ""))
 
@@ -2939,7 +2938,8 @@ class Server(contextlib.AbstractContextManager):
             "/v1/chat/completions": (functools.partial(self._read_job, is_chat=True), self._complete),
             "/tokenize": (self._tokenize, Connection.respond), "/detokenize": (self._detokenize, Connection.respond),
             "/v1/models": (None, self._models), "/health": (None, self._health), "/metrics": (None, self._metrics),
-            "/stats": (None, self._stats), "/": (None, self._page), "/events": (None, self._events)}
+            "/stats": (None, self._stats), "/": (None, self._page), "/events": (None, self._events),
+            **{f"/v1/models/{name}": (None, self._model) for name in (model_name, quote(model_name, safe=""))}}
         if teach:
             self.routes["/engine"] = (self._control, Connection.respond)
         self._looking: asyncio.Task | None = None  # the `_look` that all pages wait for
@@ -3013,9 +3013,9 @@ class Server(contextlib.AbstractContextManager):
                                 WWW_Authenticate="Bearer")
         if path not in self.routes:
             raise HTTPError(404, f"there is no {path[:100]}")
-        allowed = "POST" if self.routes[path][0] else "GET"
-        if method != allowed:
-            raise HTTPError(405, f"{path} takes {allowed} only", Allow=allowed)
+        allowed = ["POST"] if self.routes[path][0] else ["GET"] if path == "/events" else ["GET", "HEAD"]
+        if method not in allowed:
+            raise HTTPError(405, f"{path} takes {allowed[0]} only", Allow=", ".join(allowed))
         return self.routes[path]
 
     # ---- what is served ----
@@ -3071,10 +3071,15 @@ class Server(contextlib.AbstractContextManager):
         if (name := body.get("model")) not in (None, self.model_name):
             raise HTTPError(404, f"model: {name!r} is not served here; {self.model_name} is", "model", "model_not_found")
 
+    def _about(self):
+        return {"id": self.model_name, "object": "model", "created": self.created, "owned_by": "nanoserve",
+                "max_model_len": self.llm.max_model_len}
+
+    async def _model(self, connection):
+        await connection.respond(self._about())
+
     async def _models(self, connection):
-        model = {"id": self.model_name, "object": "model", "created": self.created, "owned_by": "nanoserve",
-                 "max_model_len": self.llm.max_model_len}
-        await connection.respond({"object": "list", "data": [model]})
+        await connection.respond({"object": "list", "data": [self._about()]})
 
     def _tokenize(self, body) -> dict:
         self._check(body, {"prompt", "messages"})

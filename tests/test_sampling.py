@@ -292,13 +292,17 @@ def test_seeds_of_any_sign_and_size():
 # ---- penalties and biases ----
 
 
-def test_edit_logits():
-    """A bias, then the repetition penalty's factor, then what is subtracted; in place."""
-    logits = torch.tensor([[2.0, -2.0, 0.0, 1.0], [5.0, 6.0, 7.0, 8.0]])
-    kernels.edit_logits(logits, torch.tensor([0, 0, 0, 0, 1]), torch.tensor([0, 1, 2, 3, 3]),
-                        torch.tensor([0.0, 0.0, 0.0, -3.0, -INF]), torch.tensor([2.0, 2.0, 2.0, 2.0, 1.0]),
-                        torch.tensor([0.0, -1.0, 1.0, 0.5, 0.0]))
-    assert logits.tolist() == [[1, -3, -1, -4.5], [5, 6, 7, -INF]]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("use_cpp", [True, False], ids=["cpp", "torch"])
+def test_edit_logits(use_cpp, dtype, monkeypatch):
+    """A bias, then the repetition penalty's factor, then what is subtracted; in place, row by row, some without any."""
+    monkeypatch.setattr(kernels, "use_cpp", use_cpp)
+    logits = torch.tensor([[2, -2, 0, 1], [1, 2, 3, 4], [5, 6, 7, 8], [math.nan, INF, 3, 4]], dtype=dtype)
+    edits = [[0, 0, 2, 0], [1, 0, 2, -1], [2, 0, 2, 1], [3, -3, 2, 0.5], [3, -INF, 1, 0], [0, -INF, 1, 2], [0, 1, 2, 3],
+             [1, 1, 2, 3]]
+    kernels.edit_logits(logits, torch.tensor([0, 4, 4, 6, 8]), torch.tensor(edits, dtype=torch.float64))
+    assert logits[:3].tolist() == [[1, -3, -1, -4.5], [1, 2, 3, 4], [-INF, 6, 7, -INF]]
+    assert str(logits[3].tolist()) == "[nan, inf, 3.0, 4.0]"
 
 
 PENALTIES = [{"repetition_penalty": 1.8}, {"repetition_penalty": 0.6}, {"presence_penalty": 20.0},
@@ -385,9 +389,9 @@ def test_edits_keep_up_with_the_tokens(options, seed):
     edits = nanoserve.Edits(p, len(prompt), frozenset(p.stop_token_ids))
     for _ in range(40):
         drafts = [rng.randrange(300) for _ in range(rng.choice((0, 0, 1, 4)))]
-        tokens, changes = edits.entries(prompt + output, drafts)
-        assert len(set(tokens.tolist())) == len(tokens)  # none is named twice
-        got = {t: tuple(c) for t, c in zip(tokens.tolist(), changes.tolist()) if c != [0, 1, 0]}
+        rows = np.array(edits.after(prompt + output, drafts)).reshape(-1, 4).tolist()
+        assert len({token for token, *_ in rows}) == len(rows)  # none is named twice
+        got = {token: tuple(change) for token, *change in rows if change != [0, 1, 0]}
         expected = changes_from_scratch(p, prompt, output + drafts, p.stop_token_ids)
         assert got.keys() == expected.keys() and all(got[t] == pytest.approx(expected[t]) for t in got)
         output += [rng.randrange(300) for _ in range(rng.choice((1, 1, 5)))]

@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import load
 import pytest
@@ -427,6 +428,23 @@ def test_what_is_refused_is_named(server, fields, status, param, streamed):
     assert set(answer["error"]) == {"message", "type", "param", "code"} and answer["error"]["message"]
 
 
+def test_a_field_that_asks_for_nothing_is_no_error(server):
+    """Clients send these where nothing is wanted; where something is, they are refused by name."""
+    for name, value in nanoserve.NEUTRAL_VALUES.items():
+        assert complete(server, max_tokens=2, **{name: value})["choices"] == complete(server, max_tokens=2)["choices"]
+        for other in (f"{value}!", [value], {"type": value}):
+            status, _, answer = call(server, "/v1/completions", {"prompt": "x", name: other})
+            assert (status, answer["error"]["param"]) == (400, name)
+
+
+@pytest.mark.parametrize("name", ["a model", "Qwen/Qwen3-0.6B", "größer"])
+def test_a_model_by_its_name(serving, name):
+    server = serving(model_name=name)
+    for path in {quote(name, safe=""), quote(name)}:
+        assert call(server, f"/v1/models/{path}")[2] == call(server, "/v1/models")[2]["data"][0]
+    assert call(server, "/v1/models/else")[0] == 404
+
+
 @pytest.mark.parametrize("fields, param", [
     ({"messages": "hi"}, "messages"), ({"messages": [{"content": "x"}]}, "messages"), ({"messages": [5]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
@@ -470,7 +488,9 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/j
     (b"GET  /health HTTP/1.1\r\nHost: x\r\n\r\n", 400), (b"G\0T /health HTTP/1.1\r\nHost: x\r\n\r\n", 400),
     (b"GET /health\r\n\r\n", 400), (b"\r\n\r\n\r\n\r\n", 400), (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", 400),
     (b"GET /health HTTP/1.0\r\n\r\n", 200), (b"GET /health?x=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 200),
-    (b"HEAD /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405),
+    (b"HEAD /tokenize HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405),
+    (b"HEAD /events HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405),
+    (b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", 405),
     (b"GET /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405),
     (b"BREW /tokenize HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405),
     (b"GET /../../etc/passwd HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 404)], ids=lambda x: repr(x)[:60])
@@ -478,7 +498,7 @@ def test_strict_http(server, data, status):
     received = raw(server, data)
     assert status_of(received) == status and b"Traceback" not in received
     if status == 405:
-        assert re.search(rb"\r\nAllow: (GET|POST)\r\n", received)
+        assert re.search(rb"\r\nAllow: (GET|GET, HEAD|POST)\r\n", received)
 
 
 @pytest.mark.parametrize("path, field, long", [("/v1/completions", "prompt", ["x"] * 20_000),
@@ -571,10 +591,14 @@ def test_the_longest_head_there_may_be(serving, surplus):
     assert status_of(received) == (431 if surplus else 200)
 
 
-def test_an_answer_to_head_has_no_body(server):
-    received = raw(server, b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\n" + load.http("GET", "/health"))
+@pytest.mark.parametrize("path, status", [("/health", 200), ("/v1/models", 200), ("/", 200), ("/tokenize", 405)])
+def test_an_answer_to_head_has_no_body(server, path, status):
+    """Else it is the one to GET, length and all."""
+    received = raw(server, b"HEAD %s HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode() + load.http("GET", path))
     head, _, rest = received.partition(b"\r\n\r\n")
-    assert status_of(head) == 405 and status_of(rest) == 200
+    assert status_of(head) == status_of(rest) == status
+    length, other = (int(re.search(rb"Content-Length: ([0-9]+)", part)[1]) for part in (head, rest))
+    assert length == other > 0 or status != 200
 
 
 @pytest.mark.parametrize("data, status", [(b"POST /v1/comp", 408), (HEAD + b"Content-Length: 9\r\n\r\n{", 408), (b"", None)])
@@ -1462,7 +1486,7 @@ def test_openais_client(server, offline):
     chunks = list(client.chat.completions.create(**chat, max_tokens=5, stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
     assert chunks[-1].usage == whole.usage and whole.choices[0].logprobs.content[0].top_logprobs
-    assert [model.id for model in client.models.list()] == ["nanoserve"]
+    assert [model.id for model in client.models.list()] == ["nanoserve"] == [client.models.retrieve("nanoserve").id]
     for error, fields in ((openai.BadRequestError, {"temperature": -1}), (openai.NotFoundError, {"model": "x"}),
                           (openai.BadRequestError, {"max_tokens": 10**6, "stream": True})):
         with pytest.raises(error) as refused:
