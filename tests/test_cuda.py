@@ -15,6 +15,7 @@ import subprocess
 import sys
 import types
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -826,11 +827,16 @@ def test_nvrtc_compiles_every_kernel(arch, element, nvrtc, monkeypatch, tmp_path
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_nvcc_keeps_sums_in_registers_too(arch, tmp_path):
     """NVRTC is what the engine uses, but not everywhere where there is nvcc."""
+    def compile(i, name, constants):
+        (path := tmp_path / f"{i}.cu").write_text(kernels.cuda_source(name, "bf16", **constants))
+        subprocess.run(["nvcc", f"-arch={arch}", "-cubin", "-o", path.with_suffix(".cubin"), path], check=True)
+        return name, constants, path.with_suffix(".cubin").read_bytes()
+
     decoding = [("paged_attention", {"D": D, "R": 8, "DECODE": 1, "INT8": int8}) for D in HEAD_SIZES for int8 in (0, 1)]
-    for name, constants in [*decoding, *(("tiled_attention", constants) for constants in TILED)]:
-        (path := tmp_path / "kernel.cu").write_text(kernels.cuda_source(name, "bf16", **constants))
-        subprocess.run(["nvcc", f"-arch={arch}", "-cubin", "-o", tmp_path / "kernel.cubin", path], check=True)
-        check_resources(name, constants, (tmp_path / "kernel.cubin").read_bytes())
+    all_kernels = [*decoding, *(("tiled_attention", constants) for constants in TILED)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for compiled in pool.map(compile, itertools.count(), *zip(*all_kernels)):
+            check_resources(*compiled)
 
 
 def test_the_report_for_gpus_runs():
