@@ -262,7 +262,8 @@ class Batch:
     context_lens: torch.Tensor  # [B] int32
     query_start: torch.Tensor  # [B+1] int32
     rows: torch.Tensor  # [S] int64, the rows of the batch whose logits are wanted
-    is_decode: bool = False  # every request has one token, and its logits are wanted
+    wants_all: bool = False  # `rows` are all T, in order
+    repeated_keys: int = 0  # how many more are read where each token reads its own, and not a request's tokens together
 
 
 @dataclass
@@ -980,26 +981,29 @@ Sampler = tuple[Request, int, int]  # (request, which of its samples, how many o
 
 
 class DecodeGraphs:
-    """The forward pass of a decode step, captured for a number of batch sizes: a replay is one launch, not hundreds.
+    """The forward pass of a step of few tokens, captured for a number of sizes: a replay is one launch, not hundreds.
 
-    A graph reads its inputs from where they lay when it was captured, so a batch is copied there; one of fewer requests
-    than the graph has rows is padded with rows that write into the scratch block and see only themselves. As no two graphs
-    run at once, all share one pool of memory, the largest captured first. Survey A VI.C · B 3.2.5.
+    Every token has a row of its own, as if it were a request that decodes; so has each draft, and each token of a short
+    prompt: it sees its request's blocks up to its own position. A graph reads its inputs from where they lay when it was
+    captured, so a batch is copied there; one of fewer tokens than the graph has rows is padded with rows that write into
+    the scratch block and see only themselves. As no two graphs run at once, all share one pool of memory, the largest
+    captured first. Survey A VI.C · B 3.2.5.
     """
 
-    def __init__(self, model: GPT, cache: KVCache, max_requests: int, max_blocks: int):
-        sizes = {1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, max_requests, 128), max_requests}
-        self.sizes = sorted(size for size in sizes if size <= max_requests)
+    def __init__(self, model: GPT, cache: KVCache, max_rows: int, max_blocks: int):
+        sizes = {1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, max_rows, 128), max_rows}
+        self.sizes = sorted(size for size in sizes if size <= max_rows)
 
         def ints(*shape, dtype=torch.int64):
             return torch.full(shape, SCRATCH, dtype=dtype, device=model.device)
 
-        n = max_requests
+        n = max_rows
         self.batch = Batch(ints(n), ints(n), ints(n), ints(n, max_blocks, dtype=torch.int32),
                            torch.ones(n, dtype=torch.int32, device=model.device),
                            torch.arange(n + 1, dtype=torch.int32, device=model.device),
                            torch.arange(n, device=model.device))
         self.model, self.cache, self.pool, self.graphs = model, cache, None, {}
+        self.key_bytes = cache.nbytes // math.prod(cache.data.shape[2:4])  # a token's keys and values
         # By default torch would capture on the current device, which may be another. One stream, as a pool belongs to one.
         self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         for size in reversed(self.sizes):
@@ -1018,19 +1022,29 @@ class DecodeGraphs:
         self.pool = graph.pool()
         return graph.replay, logits
 
+    def can_replay(self, batch: Batch) -> bool:
+        """Whether to replay a batch. What tokens of one request read again and again takes about a millisecond at most;
+        to launch all kernels of a forward pass one by one takes several.
+        """
+        return len(batch.tokens) <= self.sizes[-1] and batch.repeated_keys * self.key_bytes <= 4 << 30
+
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
-        """As GPT.forward, for a batch that `is_decode`. The logits [n, V] are overwritten by the next call."""
-        n, width = batch.block_tables.shape
-        size, static = next(size for size in self.sizes if size >= n), self.batch
-        for name, padding in (("tokens", 0), ("positions", 0), ("slots", SCRATCH), ("context_lens", 1)):
+        """As GPT.forward, for a batch that `can_replay` allows. The logits may be overwritten by the next call."""
+        n, (requests, width), static = len(batch.tokens), batch.block_tables.shape, self.batch
+        size = next(size for size in self.sizes if size >= n)
+        for name, padding in (("tokens", 0), ("positions", 0), ("slots", SCRATCH)):
             getattr(static, name)[:n] = getattr(batch, name)
             getattr(static, name)[n:size] = padding
-        static.block_tables[:n, :width] = batch.block_tables
+        torch.add(static.positions[:size], 1, out=static.context_lens[:size])
+        tables = batch.block_tables
+        if requests < n:
+            tables = tables.repeat_interleave(batch.query_start.diff(), 0, output_size=n)
+        static.block_tables[:n, :width] = tables
         static.block_tables[n:size, 0] = SCRATCH  # all that a context of one token looks at
         replay, logits = self.graphs[size]
         replay()
-        return logits[:n]
+        return logits[:n] if batch.wants_all else logits[batch.rows]
 
 
 # Speculative decoding. A decode step waits for the weights to come from memory, and would hardly take longer for a few
@@ -1124,7 +1138,7 @@ class DraftModel:
             stops = accumulate(end - start for _, start, end in spans)  # the row after each span
             rows = [(stop - 1, request) for stop, (request, *_) in zip(stops, spans) if room[request] > len(request.drafts)]
             batch = llm.lay_out(spans, [row for row, _ in rows])
-            replay = self.graphs is not None and batch.is_decode
+            replay = self.graphs is not None and self.graphs.can_replay(batch)
             logits = self.graphs.forward(batch) if replay else self.model.forward(batch, self.cache)
             self.num_passes += 1
             samplers = [(request, request.sample_index, len(request.drafts)) for _, request in rows]
@@ -1205,7 +1219,7 @@ class LLM:
     max_model_len: tokens of a prompt and its output, at most the model's; seed: for requests that bring none
     policy: "fcfs", "priority", "shortest", "mlfq", "fair", a scheduler.Policy, or a function of a Request whose smallest
         value goes first
-    graphs: on a GPU, capture the decode step for a number of batch sizes and replay it
+    graphs: on a GPU, capture the forward pass of small steps, for a number of sizes, and replay it
     overlap: plan and launch a step before the tokens of the one before have been read, so that a GPU never waits for the
         host; None: on a GPU, unless there is a draft
     swap_memory: bytes of main memory for the blocks of preempted requests, where copying is faster than computing again
@@ -1257,12 +1271,13 @@ class LLM:
         ridge = 0 if draft is None else 128 if is_cuda else 16  # see `Scheduler`; 0: no drafts
         self.scheduler = Scheduler(self.pool, max_batch_tokens=max_batch_tokens, max_batch_requests=max_batch_requests,
                                    max_model_len=self.max_model_len, policy=policy, ridge=ridge)
-        self.graphs = self._capture(self.model, self.cache, max_batch_requests) if graphs else None
+        rows = max(max_batch_requests, min(max_batch_requests * (1 + self.num_drafts), ridge))
+        self.graphs = self._capture(self.model, self.cache, rows) if graphs else None
         self.draft_cost = 1 / max(1, ridge)  # of a draft, in steps: one more row for the model, and a pass of a draft model
         if isinstance(self.drafter, GPT):
             small, cache = self.drafter, self.caches[1]
             self.draft_cost += small.num_parameters / self.model.num_parameters
-            captured = self._capture(small, cache, min(max_batch_requests, ridge)) if graphs else None
+            captured = self._capture(small, cache, min(2 * max_batch_requests, ridge)) if graphs else None
             self.drafter = DraftModel(small, cache, captured)
         self._random = random.Random(seed)
         self._plan: list[tuple[Request, int]] = []  # of the step under way, or the last one
@@ -1375,14 +1390,14 @@ class LLM:
             raise ValueError(f"max_batch_tokens: there is no memory for a step of {num_requests * each:,} tokens of "
                              f"{num_requests} requests; lower it, or max_batch_requests") from None
 
-    def _capture(self, model, cache, max_requests) -> DecodeGraphs | None:
+    def _capture(self, model, cache, max_rows) -> DecodeGraphs | None:
         """Decode graphs; None where the forward pass waits for the device, as PyTorch's attention or expert loop does."""
         c, loops = model.config, any(isinstance(layer.gate_up, list) for layer in model.layers)
         has_kernels = kernels.compiled(model.embed)[1] and c.head_dim % 16 == 0
         if self.device.type != "cuda" or not has_kernels or loops:
             return None
         try:
-            return DecodeGraphs(model, cache, max_requests, self.pool.blocks_for(self.max_model_len))
+            return DecodeGraphs(model, cache, max_rows, self.pool.blocks_for(self.max_model_len))
         except torch.OutOfMemoryError:
             raise ValueError("kv_memory: leaves no memory to the decode graphs; lower it, or max_batch_requests, or have no "
                              "graphs") from None
@@ -1601,7 +1616,7 @@ class LLM:
         watch.lap("schedule")
         batch, samplers, prompt_rows = self.pack(plan)
         watch.lap("pack")
-        replay = self.graphs is not None and batch.is_decode
+        replay = self.graphs is not None and self.graphs.can_replay(batch)
         logits = self.graphs.forward(batch) if replay else self.model.forward(batch, self.cache)
         watch.lap("launch")
         self.counts["steps"] += 1
@@ -1739,7 +1754,7 @@ class LLM:
         if min(tokens) < 0:
             long[0] = self._in_flight.fill(long[0])
         return Batch(*long[:3], packed[6].view(tables.shape), *packed[4:6], long[3],
-                     is_decode=len(tokens) == len(spans) and rows == list(range(len(tokens))))
+                     wants_all=rows == list(range(len(tokens))), repeated_keys=int((counts - 1) @ ends))
 
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the device; from pinned memory, so that the host does not wait for it."""

@@ -14,12 +14,12 @@ import struct
 import subprocess
 import sys
 import types
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from test_engine import emulate_graphs
 
 import kernels
 from nanoserve import GPT, LLM, SHAPES, DecodeGraphs, KVCache, ModelConfig, SamplingParams
@@ -267,22 +267,10 @@ def come_and_go(device, **options):
 
 @pytest.mark.parametrize("kv_dtype, overlap", [("auto", False), ("auto", True), ("int8", False)])
 def test_padded_batches_get_the_same_tokens(kv_dtype, overlap, monkeypatch):
-    """All of decode graphs but the graph: what a replay would do is done again, on the CPU, over the same memory."""
-    sizes = Counter()
-
-    def capture(self, rows):
-        logits = self.model.forward(rows, self.cache).clone()
-
-        def replay():
-            sizes[len(rows.tokens)] += 1
-            logits.copy_(self.model.forward(rows, self.cache))
-
-        return replay, logits
-
-    monkeypatch.setattr(DecodeGraphs, "_capture", capture)
+    replays = emulate_graphs(monkeypatch)
     tokens, llm = come_and_go("cpu", graphs=True, kv_dtype=kv_dtype, overlap=overlap)
     assert tokens == come_and_go("cpu", graphs=False, kv_dtype=kv_dtype)[0]
-    assert sorted(sizes) == llm.graphs.sizes == [1, 2, 4, 8, 16, 21]
+    assert sorted(size for _, size in replays) == llm.graphs.sizes == [1, 2, 4, 8, 16, 21]
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ import itertools
 import math
 import random
 import sys
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -133,6 +134,26 @@ SLOW = {"auto": Slow, "bfloat16": SlowBfloat16, "int8": SlowInt8}
 
 def tokens_of(outputs: list[Output]) -> list[list[int]]:
     return [output.token_ids for output in outputs]
+
+
+def emulate_graphs(monkeypatch) -> Counter:
+    """All of decode graphs but the graph: what a replay would do is done again, on the CPU, over the same memory. Counts the
+    replays, by model and rows.
+    """
+    replays = Counter()
+
+    def capture(self, rows):
+        forward = self.model.forward
+        logits = forward(rows, self.cache).clone()
+
+        def replay():
+            replays[self.model, len(rows.tokens)] += 1
+            logits.copy_(forward(rows, self.cache))
+
+        return replay, logits
+
+    monkeypatch.setattr(nanoserve.DecodeGraphs, "_capture", capture)
+    return replays
 
 
 def expected(prompts, params, slow=Slow, **more) -> list[list[int]]:

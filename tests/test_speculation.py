@@ -15,11 +15,24 @@ import random
 import weakref
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import test_engine
 import torch
-from test_engine import CONFIG, CROWD, GREEDY, Slow, calls_during, expected, finish, is_clean, tokens_of, toy
+from test_engine import (
+    CONFIG,
+    CROWD,
+    GREEDY,
+    Slow,
+    calls_during,
+    emulate_graphs,
+    expected,
+    finish,
+    is_clean,
+    tokens_of,
+    toy,
+)
 
 import kernels
 import nanoserve
@@ -492,29 +505,37 @@ def test_a_draft_with_other_words_is_refused(tmp_path, hopeful):
 
 
 def test_graphs_of_both_models(monkeypatch, hopeful):
-    """Decode graphs, emulated: steps with drafts do not use the target's, later passes of a draft model use its own."""
-    replays = Counter()
-
-    def capture(self, rows):
-        logits = self.model.forward(rows, self.cache).clone()
-
-        def replay():
-            replays[self.model] += 1
-            logits.copy_(self.model.forward(rows, self.cache))
-
-        return replay, logits
-
-    monkeypatch.setattr(nanoserve.DecodeGraphs, "_capture", capture)
-    llm = speculating("noisy", 12)()
+    """Decode graphs, emulated: with drafts too, and for short prompts, every step of either model is a replay."""
+    replays = emulate_graphs(monkeypatch)
+    several = [5, 6], SamplingParams(n=2, temperature=2.0, seed=3, max_tokens=4, ignore_eos=True)  # two rows, both of [6]
+    tokens = [expected(*zip(*crowd)) for crowd in (CROWD, [several])]
+    llm = speculating("noisy")()
     blocks = llm.pool.blocks_for(llm.max_model_len)
-    llm.graphs = nanoserve.DecodeGraphs(llm.model, llm.cache, 16, blocks)
-    llm.drafter.graphs = nanoserve.DecodeGraphs(llm.drafter.model, llm.drafter.cache, 12, blocks)
-    prompts, params = zip(*CROWD)
-    assert tokens_of(finish(llm, *[llm.add_request(*each) for each in CROWD])) == expected(prompts, params)
-    assert replays[llm.drafter.model] > 2
-    alone = replays[llm.model]
-    llm.generate([[1]], replace(GREEDY, max_tokens=1))  # has no drafts
-    assert replays[llm.model] == alone + 1
+    for holder, model, cache in ((llm, llm.model, llm.cache), (llm.drafter, llm.drafter.model, llm.drafter.cache)):
+        holder.graphs = nanoserve.DecodeGraphs(model, cache, 64, blocks)
+        monkeypatch.setattr(model, "forward", None)  # from here on only replays can have come from it
+    got = [tokens_of(finish(llm, *[llm.add_request(*each) for each in crowd])) for crowd in (CROWD, [several])]
+    assert got == tokens and len({tuple(sample) for sample in tokens[1]}) == 2
+    assert max(size for model, size in replays if model is llm.model) > len(CROWD), "tokens, not requests"
+    assert {model for model, _ in replays} == {llm.model, llm.drafter.model}
+
+
+def test_what_graphs_are_for(monkeypatch):
+    """As many rows as a step with drafts has tokens; and no step whose tokens would read the same keys too often."""
+    captured = []
+    monkeypatch.setattr(LLM, "_capture", lambda self, model, cache, rows: captured.append(rows))
+    for requests, drafts in ((1, 8), (3, 4), (300, 2)):
+        engine(max_batch_tokens=512, max_batch_requests=requests, num_drafts=drafts)
+    speculating("noisy")(max_batch_requests=1)
+    assert captured == [9, 15, 300, 9, 2]
+    llm = test_engine.engine(max_batch_requests=2)
+    llm.add_request([1] * 20, GREEDY)
+    llm.add_request([2] * 7, GREEDY)
+    batch, *_ = llm.pack(llm.scheduler.schedule())
+    for rows, key_bytes, answer in ((27, 2**32 // 422, True), (26, 1, False), (27, 2**32 // 422 + 1, False)):
+        graphs = SimpleNamespace(sizes=[1, rows], key_bytes=key_bytes)
+        assert nanoserve.DecodeGraphs.can_replay(graphs, batch) == answer
+    assert batch.repeated_keys == 19 * 20 + 6 * 7
 
 
 def test_the_default_model_with_its_draft():
