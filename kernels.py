@@ -229,7 +229,7 @@ def _low_bit_linear(x, weight):
     if cuda and rows <= 64 and x.element_size() == 2 and inputs % step == 0 and (weight.bits == 4 or groups == 1):
         x, out = x.contiguous(), x.new_empty(rows, outputs)
         cuda("low_bit_linear", (-(-outputs // 16), -(-rows // 8)), 256, x, weight.codes, weight.scales, out, rows, outputs,
-             inputs, inputs // groups, BITS=weight.bits)
+             inputs, BITS=weight.bits, GROUP=inputs // groups if weight.bits == 4 else 1)
         return out
     return F.linear(x, weight.dequantize(x.dtype))
 
@@ -457,7 +457,7 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
             cpp("paged_attention", q, *caches, *tables, out, len(context_lens), block_tables.shape[1], block_size,
                 num_heads, kv_heads, head_dim, q.stride(0), window, 8 * k_cache.itemsize, scale)
             return out
-        if head_dim % 16 == 0:
+        if fits_tensor_cores(head_dim):
             return _paged_attention_cuda(cuda, q, *caches, *tables, scale, window)
     out, wide = torch.empty_like(q), torch.promote_types(q.dtype, torch.float32)
     starts, lengths = query_start.tolist(), context_lens.tolist()
@@ -477,6 +477,11 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
         probs = probs * v_scale if scales else probs
         out[start:end] = torch.einsum("hgnl,lhd->nhgd", probs, v).reshape(end - start, num_heads, head_dim).to(q.dtype)
     return out
+
+
+def fits_tensor_cores(head_dim: int) -> bool:
+    """Whether there is a CUDA body of attention for it: rows of 16 entries, four warps' sums in 48 KB of shared memory."""
+    return head_dim % 16 == 0 and head_dim <= 256
 
 
 def _paged_attention_cuda(cuda, q, k_cache, v_cache, k_scales, v_scales, block_tables, context_lens, query_start, scale,
@@ -500,9 +505,8 @@ def _paged_attention_cuda(cuda, q, k_cache, v_cache, k_scales, v_scales, block_t
     # Tiles of 16 rows where requests may have more than 8, and where the registers hold their sums.
     R = 16 if (T > B or group > 8) and q.element_size() == 2 and head_dim <= 128 else 8
     tiles = min(T * group // R + B, B * -(-max_queries * group // R))  # likewise
-    # So many blocks that a last, half-empty wave of them does not matter, but at least 256 keys to a split, or combining
-    # them would cost more than it gains. From shapes alone, so that a captured graph can be replayed.
-    splits = max(1, min(16 * cuda.num_sms // max(1, tiles * kv_heads), M * block_size // 256))
+    at_once = cuda.num_sms * (2 if R == 16 or head_dim > 128 or q.element_size() == 4 else 4 if int8 else 3)  # BLOCKS there
+    splits = _splits(B, tiles * kv_heads, M * block_size, cuda.num_sms, at_once)
     sums, stats, sum_tokens = None, None, min(T, B * max_queries)
     if splits > 1:
         sums, stats = (q.new_empty(splits, sum_tokens, heads, n, dtype=torch.float32) for n in (head_dim, 2))
@@ -510,9 +514,28 @@ def _paged_attention_cuda(cuda, q, k_cache, v_cache, k_scales, v_scales, block_t
     cuda("paged_attention", (tiles, kv_heads, splits), 128, q, *caches, block_tables, context_lens, query_start, out, sums,
          stats, B, M, block_size, max_queries, sum_tokens, heads, kv_heads, q.stride(0), window, float(scale), **constants)
     if splits > 1:
-        cuda("combine_splits", (sum_tokens * heads,), 256, sums, stats, query_start, out, B, max_queries, heads, splits,
-             **constants)
+        cuda("combine_splits", (sum_tokens * heads,), 32 * min(16, splits), sums, stats, query_start, out, B, max_queries,
+             heads, splits, **constants)
     return out
+
+
+@functools.lru_cache(4096)
+def _splits(requests, blocks, keys, num_sms, at_once):
+    """How often to split `blocks` blocks of `paged_attention` with up to `keys` keys each, if `at_once` of them run at once.
+
+    From shapes alone, so that a captured graph can be replayed. All in times that a block takes for one key: a wave of
+    blocks takes as long as one of them; a last wave that is not full less than that, but more than its share. To begin
+    and end, a block takes as long as for some 64 keys, and so does `combine_splits`.
+    """
+    def cost(splits):
+        waves = blocks * splits / at_once
+        return (waves + math.ceil(waves)) / 2 * keys / splits + 64 * (math.ceil(waves) + (splits > 1))
+
+    # At least 256 keys to a split, and no more sums than 16 blocks for each multiprocessor write. Requests differ in length:
+    # several get two waves at least, so that there is something to do where a short one has ended.
+    most = max(1, min(16 * num_sms // max(1, blocks), keys // 256))
+    fewest = 1 if requests == 1 else min(most, -(-2 * at_once // max(1, blocks)))
+    return min(range(fewest, most + 1), key=cost)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1150,6 +1173,7 @@ extern "C" void multiplies_pairs() {}
 
 // ---- Single entries of the logits changed.
 extern "C" void edit_logits(T* logits, const int64_t* starts, const double* edits, int64_t rows, int64_t V) {
+    #pragma omp parallel for if (starts[rows] > BIG)
     for (int64_t r = 0; r < rows; r++) {
         for (const double* edit = edits + 4 * starts[r]; edit < edits + 4 * starts[r + 1]; edit += 4) {
             T* logit = logits + r * V + (int64_t)edit[0];
@@ -1798,8 +1822,9 @@ CUDA["paged_attention"] = r"""
 // entries, 16 bytes at a time, in place of the scattered ones that the instruction expects of it.
 //
 // Reads 2 D sizeof(T) bytes per visible key, kv head and tile, and little else; does 4 D FLOPs per visible key and row. In
-// decoding that is a FLOP per byte and head of the group: memory is the limit. Writes out; with several splits it writes
-// unnormalized sums, and (largest score, sum of p) per row, for `combine_splits`.
+// decoding that is a FLOP per byte and head of the group: memory is the limit. It takes long to answer, so a warp asks for
+// 16 keys and values before it uses the first: 8 KB for D = 128 in 16 bits, and 12 warps fit on a multiprocessor. Writes
+// out; with several splits it writes unnormalized sums, and (largest score, sum of p) per row, for `combine_splits`.
 //
 // An int8 cache stays int8 in registers too, until an instruction needs it; a key's score is multiplied by the key's scale,
 // its p by the value's. That halves the bytes, and adds two for every scale.
@@ -1807,6 +1832,7 @@ CUDA["paged_attention"] = r"""
 // Left open: T, D (a multiple of 16), R (rows of a tile, 8 or 16), DECODE (1: one query, one tile per request), INT8 (1: so
 // is the cache).
 constexpr int WARPS = 4, TILES = R / 8;
+constexpr int BLOCKS = R == 16 || D > 128 || sizeof(T) == 4 ? 2 : INT8 ? 4 : 3;  // that fit on a multiprocessor
 
 // Two entries, as the matrix instruction takes them: two 16-bit numbers in a register.
 __device__ unsigned firsts(unsigned x, unsigned y) { return __byte_perm(x, y, 0x5410); }
@@ -1872,7 +1898,7 @@ typedef Share<D / 8> KeyShare;
 typedef Share<D / 16> ValueShare;
 constexpr int KP = KeyShare::P, VP = ValueShare::P;
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 paged_attention(const T* q, const void* k_cache, const void* v_cache, const bf16* k_scales, const bf16* v_scales,
                 const int* block_tables, const int* context_lens, const int* query_start, T* out, float* sums,
                 float2* stats, int B, int M, int block_size, int max_queries, int sum_tokens, int heads, int kv_heads,
@@ -1885,17 +1911,22 @@ paged_attention(const T* q, const void* k_cache, const void* v_cache, const bf16
     auto first_tile = [&](int b) { return min(query_start[b] * group / R + b, b * ((max_queries * group + R - 1) / R)); };
     const int b = DECODE ? blockIdx.x : owner(blockIdx.x, B, first_tile);
     const int row0 = DECODE ? 0 : ((int)blockIdx.x - first_tile(b)) * R;
-    const int start = query_start[b], n = query_start[b + 1] - start, rows = min(R, n * group - row0);
+    const int start = DECODE ? b : query_start[b], n = DECODE ? 1 : query_start[b + 1] - start;
+    const int rows = min(R, n * group - row0), context = context_lens[b];
     if (rows <= 0 || n > max_queries) return;
-    auto output_row = [&](int row, int first_token) {  // of a tile's row: token * heads + head
-        return (long long)(first_token + (row0 + row) / group) * heads + kv_head * group + (row0 + row) % group;
+    auto query_of = [&](int row) { return DECODE ? 0 : (row0 + row) / group; };  // of a tile's row
+    auto head_of = [&](int row) { return kv_head * group + (DECODE ? row : (row0 + row) % group); };
+    auto output_row = [&](int row, int first_token) {
+        return (long long)(first_token + query_of(row)) * heads + head_of(row);
     };
     auto sum_row = [&](int row) {  // of sums and stats
         return (long long)split * sum_tokens * heads + output_row(row, min(start, b * max_queries));
     };
-    const int position0 = context_lens[b] - n + row0 / group;  // of the tile's first query
-    const int first = window ? max(0, position0 - window + 1) : 0, end = context_lens[b] - n + (row0 + rows - 1) / group + 1;
-    const int share = ((end - first - 1) / splits / 16 + 1) * 16, from = first + split * share, to = min(end, from + share);
+    auto position_of = [&](int row) { return context - n + query_of(row); };
+    const int first = window ? max(0, position_of(0) - window + 1) : 0, end = position_of(rows - 1) + 1;
+    constexpr int STEP = 16 * WARPS;  // keys that the block takes at a time
+    const int share = ((end - first - 1) / splits / STEP + 1) * STEP;
+    const int from = first + split * share, to = min(end, from + share);
     if (from >= to) {
         if ((int)threadIdx.x < rows)
             stats[sum_row(threadIdx.x)] = make_float2(-INFINITY, 0);
@@ -1907,8 +1938,7 @@ paged_attention(const T* q, const void* k_cache, const void* v_cache, const bf16
     #pragma unroll  // or the arrays would not stay in registers
     for (int t = 0; t < TILES; t++) {
         int row = min(8 * t + g, rows - 1);
-        const T* head = q + (long long)(start + (row0 + row) / group) * q_stride
-                      + (kv_head * group + (row0 + row) % group) * D;
+        const T* head = q + (long long)(start + query_of(row)) * q_stride + head_of(row) * D;
         constexpr int MOST = 16 / sizeof(Pair), QP = KP < MOST ? KP : MOST;  // in the order of the keys
         for (int i = 0; i < D / 8; i += QP) {
             Vec<Pair, QP> x = load<Pair, QP>((const Pair*)head + (i / KP * 4 + c) * KP + i % KP);
@@ -1916,31 +1946,41 @@ paged_attention(const T* q, const void* k_cache, const void* v_cache, const bf16
         }
         for (int e = 0; e < 2; e++) {
             int row = 8 * t + 2 * c + e;
-            limit[t][e] = row < rows ? context_lens[b] - n + (row0 + row) / group : -1;
+            limit[t][e] = row < rows ? position_of(row) : -1;
         }
     }
     scale *= 1.44269504f;  // log2(e): the hardware has 2^x, not e^x
     float acc[TILES][D / 16][4] = {}, total[TILES][2] = {}, top[TILES][2];
     for (int t = 0; t < TILES; t++) top[t][0] = top[t][1] = -INFINITY;
 
-    for (int j = from + 16 * warp; j < to; j += 16 * WARPS) {
+    // Where key j + lane % 16 lies, the last one if there are fewer, and factor: of lanes 0 .. 15 the scales of the 16 keys,
+    // of 16 .. 31 those of their values.
+    int slot = 0;
+    float factor = 1;
+    auto find = [&](int j) {
         int at = min(j + lane % 16, to - 1), block = block_tables[b * M + at / block_size];
-        int slot = block * block_size + at % block_size;
-        float factor = 1;  // lanes 0 .. 15: the scales of the 16 keys, 16 .. 31: those of their values
+        slot = block * block_size + at % block_size;
         if (INT8) {
             long long place = ((long long)block * kv_heads + kv_head) * block_size + at % block_size;
             factor = to_float((lane < 16 ? k_scales : v_scales)[place]);
         }
-        auto row = [&](const void* cache, int key) {
-            return (const char*)cache + ((long long)__shfl_sync(ALL, slot, key) * kv_heads + kv_head) * D * ENTRY;
-        };
+    };
+    auto row = [&](const void* cache, int key) {
+        return (const char*)cache + ((long long)__shfl_sync(ALL, slot, key) * kv_heads + kv_head) * D * ENTRY;
+    };
+    int j = from + 16 * warp;
+    find(j);
+    for (; j < to; j += STEP) {
         KeyShare k[2];    // of keys g and g + 8
         ValueShare v[4];  // of keys 2c, 2c + 1, 2c + 8, 2c + 9
         for (int h = 0; h < 2; h++) k[h].read(row(k_cache, g + 8 * h), c, 4);
         for (int h = 0; h < 4; h++) v[h].read(row(v_cache, 2 * c + h % 2 + h / 2 * 8), g, 8);
+        const float factors = factor;  // of these keys and values
+        find(j + STEP);                // while they come
         #pragma unroll  // or the arrays would not stay in registers
         for (int t = 0; t < TILES; t++) {
             float s[4] = {}, shrink[2];  // (key g; rows 2c, 2c + 1), (key g + 8; rows 2c, 2c + 1)
+            #pragma unroll
             for (int i = 0; i < D / 8; i += 2) {
                 Pair a[4] = {k[0].pair(i), k[1].pair(i), k[0].pair(i + 1), k[1].pair(i + 1)};
                 Pair x[2] = {query[t][i], query[t][i + 1]};
@@ -1948,8 +1988,8 @@ paged_attention(const T* q, const void* k_cache, const void* v_cache, const bf16
             }
             float k_factor[2] = {1, 1}, v_factor[2] = {1, 1};  // of keys g and g + 8
             for (int h = 0; INT8 && h < 2; h++) {
-                k_factor[h] = __shfl_sync(ALL, factor, g + 8 * h);
-                v_factor[h] = __shfl_sync(ALL, factor, 16 + g + 8 * h);
+                k_factor[h] = __shfl_sync(ALL, factors, g + 8 * h);
+                v_factor[h] = __shfl_sync(ALL, factors, 16 + g + 8 * h);
             }
             for (int e = 0; e < 2; e++) {
                 float largest = top[t][e];
@@ -1961,15 +2001,16 @@ paged_attention(const T* q, const void* k_cache, const void* v_cache, const bf16
                 }
                 for (int i = 4; i < 32; i *= 2) largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, i));
                 float base = largest == -INFINITY ? 0 : largest;  // a row that has seen nothing yet
-                shrink[e] = exp2f(top[t][e] - base);
+                shrink[e] = power_of_2(top[t][e] - base);
                 // p times a scale can be too small for an fp16, where p times a value is not: 64 p, and 64 in the total.
                 if (INT8) base -= 6;
-                for (int h = 0; h < 2; h++) s[2 * h + e] = exp2f(s[2 * h + e] - base);
+                for (int h = 0; h < 2; h++) s[2 * h + e] = power_of_2(s[2 * h + e] - base);
                 total[t][e] = total[t][e] * shrink[e] + s[e] + s[2 + e];
                 top[t][e] = largest;
                 for (int h = 0; h < 2; h++) s[2 * h + e] *= v_factor[h];
             }
             Pair p[2] = {transpose(make_pair(T(), s[0], s[1])), transpose(make_pair(T(), s[2], s[3]))};
+            #pragma unroll
             for (int i = 0; i < D / 16; i++) {  // two rows of V^T: the first and the second entry of the lane's pair i
                 for (int e = 0; e < 4; e++) acc[t][i][e] *= shrink[e % 2];
                 Pair a[4] = {v[0].across(v[1], 2 * i), v[0].across(v[1], 2 * i + 1),
@@ -1979,56 +2020,47 @@ paged_attention(const T* q, const void* k_cache, const void* v_cache, const bf16
         }
     }
 
-    // The warps add up, one after the other: the order of a sum of floats must not depend on who was faster.
-    __shared__ float row_top[WARPS][R], row_total[WARPS][R], row_out[R][D];
+    // The warps add up. (D + 1: with D, lanes with different rows would want the same bank of shared memory.)
+    __shared__ float row_top[WARPS][R], row_total[WARPS][R], row_out[WARPS][R][D + 1];
+    #pragma unroll  // as above
     for (int t = 0; t < TILES; t++)
+        #pragma unroll
         for (int e = 0; e < 2; e++) {
+            const int row = 8 * t + 2 * c + e;
             for (int i = 4; i < 32; i *= 2) total[t][e] += __shfl_xor_sync(ALL, total[t][e], i);
-            if (g == 0) row_top[warp][8 * t + 2 * c + e] = top[t][e], row_total[warp][8 * t + 2 * c + e] = total[t][e];
+            if (g == 0) row_top[warp][row] = top[t][e], row_total[warp][row] = total[t][e];
+            for (int i = 0; i < D / 16; i++)
+                for (int h = 0; h < 2; h++)
+                    row_out[warp][row][((i / VP * 8 + g) * VP + i % VP) * 2 + h] = acc[t][i][2 * h + e];
         }
     __syncthreads();
-    auto largest = [&](int row) {
-        float m = row_top[0][row];
-        for (int w = 1; w < WARPS; w++) m = fmaxf(m, row_top[w][row]);
-        return m;
-    };
-    for (int w = 0; w < WARPS; w++) {
-        if (w == warp)
-            #pragma unroll  // as above
-            for (int t = 0; t < TILES; t++)
-                #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    int row = 8 * t + 2 * c + e;
-                    float factor = top[t][e] == -INFINITY ? 0 : exp2f(top[t][e] - largest(row));
-                    for (int i = 0; i < D / 16; i++)
-                        for (int h = 0; h < 2; h++) {
-                            float* sum = &row_out[row][((i / VP * 8 + g) * VP + i % VP) * 2 + h];
-                            *sum = (w ? *sum : 0) + acc[t][i][2 * h + e] * factor;
-                        }
-                }
-        __syncthreads();
-    }
     for (int i = threadIdx.x; i < rows * D; i += 32 * WARPS) {
         int row = i / D, d = i % D;
-        float m = largest(row), l = 0;
-        for (int w = 0; w < WARPS; w++)  // a total without a largest score is 0, or NaN, which has to show
-            l += row_total[w][row] * (row_top[w][row] == -INFINITY ? 1 : exp2f(row_top[w][row] - m));
+        float m = -INFINITY, l = 0, sum = 0;
+        for (int w = 0; w < WARPS; w++) m = fmaxf(m, row_top[w][row]);
+        for (int w = 0; w < WARPS; w++) {  // sums without a largest score are 0, or NaN, which has to show
+            float factor = row_top[w][row] == -INFINITY ? 1 : power_of_2(row_top[w][row] - m);
+            l += row_total[w][row] * factor;
+            sum += row_out[w][row][d] * factor;
+        }
         if (splits == 1) {
-            put(&out[output_row(row, start) * D + d], row_out[row][d] / l);
+            put(&out[output_row(row, start) * D + d], sum / l);
         } else {
-            sums[sum_row(row) * D + d] = row_out[row][d];
+            sums[sum_row(row) * D + d] = sum;
             if (d == 0) stats[sum_row(row)] = make_float2(m, l);
         }
     }
 }
 
-// Adds up the splits. Grid (row) of 8 warps, a row being a (token, head) of a request with at most `max_queries` queries.
-// Each warp takes every eighth split, so that they wait for memory at the same time.
-extern "C" __global__ void combine_splits(const float* sums, const float2* stats, const int* query_start, T* out, int B,
-                                          int max_queries, int heads, int splits) {
-    constexpr int ADDERS = 8;
-    __shared__ float warp_out[ADDERS][D], warp_total[ADDERS];
-    const int row = blockIdx.x, rows = gridDim.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+// Adds up the splits. Grid (row) of up to 16 warps, a row being a (token, head) of a request with at most `max_queries`
+// queries. Of 16, each warp takes every 16th split, so that they wait at the same time. Reads D + 2 floats for each row and
+// split, mostly from the L2 cache: waiting for them is the limit.
+extern "C" __global__ void __launch_bounds__(512)
+combine_splits(const float* sums, const float2* stats, const int* query_start, T* out, int B, int max_queries, int heads,
+               int splits) {
+    constexpr int MOST = 16, MINE = (D / 4 + 31) / 32;  // warps; pieces of four entries that a lane adds up
+    __shared__ float warp_out[MOST][D], warp_total[MOST];
+    const int row = blockIdx.x, rows = gridDim.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     int to = row;
     if (!DECODE) {
         auto first_token = [&](int b) { return min(query_start[b], b * max_queries); };  // in sums
@@ -2036,22 +2068,33 @@ extern "C" __global__ void combine_splits(const float* sums, const float2* stats
         if (n > max_queries || row / heads - first_token(b) >= n) return;
         to += (query_start[b] - first_token(b)) * heads;
     }
-    float m = -INFINITY, l = 0, acc[(D + 31) / 32] = {};
-    for (int s = lane; s < splits; s += 32) m = fmaxf(m, stats[(long long)s * rows + row].x);
-    for (int i = 16; i; i /= 2) m = fmaxf(m, __shfl_xor_sync(ALL, m, i));
-    for (int s = warp; s < splits; s += ADDERS) {
+    float m = -INFINITY, l = 0, acc[MINE][4] = {};
+    int used = 0;  // the last ones may have seen no key, and written no sums
+    for (int s = lane; s < splits; s += 32) {
         float2 of_split = stats[(long long)s * rows + row];
-        if (of_split.y == 0) continue;  // it saw no key, and wrote no sums
-        float factor = exp2f(of_split.x - m);
-        l += of_split.y * factor;
-        for (int i = 0, d = lane; d < D; i++, d += 32) acc[i] += sums[((long long)s * rows + row) * D + d] * factor;
+        m = fmaxf(m, of_split.x);
+        if (of_split.y != 0) used = s + 1;
     }
-    for (int i = 0, d = lane; d < D; i++, d += 32) warp_out[warp][d] = acc[i];
+    for (int i = 16; i; i /= 2) {
+        m = fmaxf(m, __shfl_xor_sync(ALL, m, i));
+        used = max(used, __shfl_xor_sync(ALL, used, i));
+    }
+    for (int s = warp; s < used; s += warps) {
+        float2 of_split = stats[(long long)s * rows + row];
+        float factor = power_of_2(of_split.x - m);
+        l += of_split.y * factor;
+        for (int i = 0; i < MINE; i++) if (int d = (lane + 32 * i) * 4; d < D) {
+            Vec<float, 4> sum = load<float, 4>(sums + ((long long)s * rows + row) * D + d);
+            for (int e = 0; e < 4; e++) acc[i][e] += sum.at[e] * factor;
+        }
+    }
+    for (int i = 0; i < MINE; i++) if (int d = (lane + 32 * i) * 4; d < D)
+        for (int e = 0; e < 4; e++) warp_out[warp][d + e] = acc[i][e];
     if (lane == 0) warp_total[warp] = l;
     __syncthreads();
-    for (int d = threadIdx.x; d < D; d += 32 * ADDERS) {
+    for (int d = threadIdx.x; d < D; d += blockDim.x) {
         float sum = 0, total = 0;
-        for (int w = 0; w < ADDERS; w++) sum += warp_out[w][d], total += warp_total[w];
+        for (int w = 0; w < warps; w++) sum += warp_out[w][d], total += warp_total[w];
         put(&out[(long long)to * D + d], sum / total);
     }
 }
@@ -2255,14 +2298,23 @@ tiled_attention(const T* q, const Entry* k_cache, const Entry* v_cache, const bf
 """
 
 CUDA["low_bit_linear"] = r"""
-// out[row, o] = sum over k of x[row, k] * code[o, k] * scale[o, k / group], for a few rows.
+// out[row, o] = sum over k of x[row, k] * code[o, k] * scale[o, k / GROUP], for a few rows.
 //
-// Grid (16 outputs, 8 rows). The warps of a block share out k; each reads codes straight into registers, 16 bytes at a
-// time, turns them into pairs of T, and multiplies: codes [16, k] times x^T [k, 8 rows]. The sum over k may be
-// taken in any order, so a lane loads neighbours in place of the scattered ones that the instruction expects of it.
-// Reads each code once for every 8 rows, and x from the cache; does 2 FLOPs per code and row: memory is the limit.
-// Left open: T (16 bits), BITS (8: one scale per output, applied to the sum; 4: one per group, applied to the pairs).
-constexpr int WARPS = 8, PER_LANE = 128 / BITS;  // codes in 16 bytes
+// Grid (16 outputs, 8 rows). The warps of a block share out k: of each output's codes the first 64 bytes go to one warp, the
+// next 64 to the next. A lane reads 16 bytes of two outputs straight into registers, turns them into pairs of T, and
+// multiplies: codes [16, k] times x^T [k, 8 rows]. The sum over k may be taken in any order, so a lane loads neighbours in
+// place of the scattered ones that the instruction expects of it.
+//
+// Reads each code once for every 8 rows, and x from the cache; does 2 FLOPs per code and row: memory is the limit. It takes
+// long to answer, so a lane asks for codes AHEAD steps before it needs them: two blocks on a multiprocessor wait for 64 KB.
+// The next limit are instructions. An H200 issues about 100 in the time in which memory brings the 16 bytes for each lane of
+// a warp; to widen and multiply them takes 75 with 4 bits, 40 with 8.
+//
+// Left open: T (16 bits), BITS (8: one scale per output, applied to the sum; 4: one per group, applied to the pairs), GROUP
+// (for 4 bits: inputs that share a scale).
+constexpr int WARPS = 8, PER_LANE = 128 / BITS, AHEAD = 4;  // codes in 16 bytes
+constexpr int STEP = 4 * WARPS * PER_LANE;                  // inputs that the block takes at a time
+constexpr bool EVEN = STEP % GROUP == 0;                    // so the next scale is always as far from the last
 
 __device__ unsigned twice(float x) { return make_pair(T(), x, x); }
 // The power of two above which neighbouring Ts are 1 apart, and its bits, twice: what is put into the last ones is added.
@@ -2274,44 +2326,64 @@ __device__ float base(fp16) { return 1024; }
 // The i-th of the pairs that a lane's 16 bytes hold.
 __device__ unsigned widen(const Vec<unsigned, 4>& codes, int i, float scale) {
     if (BITS == 8) return widen_int8(T(), codes.at[i / 2], i % 2 * 2, codes.at[i / 2], i % 2 * 2 + 1);
-    unsigned pair = (codes.at[i / 4] >> (i % 4 * 4) & 0x000f000f) | base_bits(T());
+    unsigned pair = and_xor(codes.at[i / 4] >> i % 4 * 4, 0x000f000f, base_bits(T()));
     return fma2(T(), fma2(T(), pair, twice(1), twice(-base(T()) - 8)), twice(scale), twice(-0.f));
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
-low_bit_linear(const T* x, const void* codes, const bf16* scales, T* out, int rows, int outputs, int inputs, int group) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 3)
+low_bit_linear(const T* x, const void* codes, const bf16* scales, T* out, int rows, int outputs, int inputs) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
-    const int o = blockIdx.x * 16, r = blockIdx.y * 8;
-    float acc[4] = {};  // (output g; rows 2c, 2c + 1), (output g + 8; rows 2c, 2c + 1)
-    #pragma unroll 4  // four loads are under way before the first is waited for
-    for (int k = (4 * warp + c) * PER_LANE; k < inputs; k += 4 * WARPS * PER_LANE) {
-        Vec<unsigned, 4> w[2];
-        float scale[2];
-        for (int h = 0; h < 2; h++) {  // past the last output: the last one again, to be dropped
-            long long output = min(o + g + 8 * h, outputs - 1);
-            w[h] = load<unsigned, 4>((const unsigned*)codes + (output * inputs + k) * BITS / 32);
-            // Divisions in 32 bits: in 64 each is a whole subroutine.
-            scale[h] = BITS == 4 ? to_float(scales[output * (inputs / group) + k / group]) : 1;
+    const int o = blockIdx.x * 16, r = blockIdx.y * 8, mine = (4 * warp + c) * PER_LANE;  // the lane's first input
+    // Where the lane's inputs begin, in x and in the weight; past the last row or output the last again, to be dropped.
+    const T* row = x + (long long)min(r + g, rows - 1) * inputs + mine;
+    const unsigned* code_row[2];
+    const bf16* scale_row[2];
+    for (int h = 0; h < 2; h++) {
+        long long output = min(o + g + 8 * h, outputs - 1);
+        code_row[h] = (const unsigned*)codes + (output * inputs + mine) * BITS / 32;
+        scale_row[h] = scales + output * (inputs / GROUP) + (EVEN ? mine / GROUP : 0);
+    }
+    Vec<unsigned, 4> w[AHEAD][2];
+    bf16 scale[AHEAD][2];
+    auto fetch = [&](int i, int k, int step) {  // for inputs from k on, `step` steps from where the pointers are
+        for (int h = 0; h < 2; h++) {
+            w[i][h] = load<unsigned, 4>(code_row[h] + step * (STEP * BITS / 32));
+            if (BITS == 4) scale[i][h] = scale_row[h][EVEN ? step * (STEP / GROUP) : k / GROUP];
         }
-        const T* row = x + (long long)min(r + g, rows - 1) * inputs + k;
-        for (int i = 0; i < PER_LANE / 2; i += 4) {
-            Vec<unsigned, 4> v = load<unsigned, 4>((const unsigned*)row + i);
-            for (int j = 0; j < 4; j += 2) {
-                unsigned a[4], b[2] = {v.at[j], v.at[j + 1]};
-                for (int e = 0; e < 4; e++) a[e] = widen(w[e % 2], i + j + e / 2, scale[e % 2]);
+    };
+    #pragma unroll  // or the arrays would not stay in registers
+    for (int i = 0; i < AHEAD; i++) if (mine + i * STEP < inputs) fetch(i, mine + i * STEP, i);
+
+    float acc[4] = {};  // (output g; rows 2c, 2c + 1), (output g + 8; rows 2c, 2c + 1)
+    for (int first = mine; first < inputs; first += AHEAD * STEP) {
+        #pragma unroll  // likewise
+        for (int i = 0; i < AHEAD; i++) {
+            const int k = first + i * STEP;
+            if (k >= inputs) break;
+            Vec<unsigned, 4> v[PER_LANE / 8];
+            for (int j = 0; j < PER_LANE / 8; j++) v[j] = load<unsigned, 4>((const unsigned*)(row + i * STEP) + 4 * j);
+            for (int j = 0; j < PER_LANE / 2; j += 2) {
+                unsigned a[4], b[2] = {v[j / 4].at[j % 4], v[j / 4].at[j % 4 + 1]};
+                for (int e = 0; e < 4; e++) a[e] = widen(w[i][e % 2], j + e / 2, BITS == 4 ? to_float(scale[i][e % 2]) : 1);
                 mma(T(), acc, a, b);
             }
+            if (k + AHEAD * STEP < inputs) fetch(i, k + AHEAD * STEP, i + AHEAD);
+        }
+        row += AHEAD * STEP;
+        for (int h = 0; h < 2; h++) {
+            code_row[h] += AHEAD * (STEP * BITS / 32);
+            if (EVEN) scale_row[h] += AHEAD * (STEP / GROUP);
         }
     }
     __shared__ float sums[WARPS][16][8];
     for (int e = 0; e < 4; e++) sums[warp][g + e / 2 * 8][2 * c + e % 2] = acc[e];
     __syncthreads();
-    int output = threadIdx.x / 8, row = threadIdx.x % 8;
-    if (output >= 16 || o + output >= outputs || r + row >= rows) return;
+    int output = threadIdx.x / 8, column = threadIdx.x % 8;
+    if (output >= 16 || o + output >= outputs || r + column >= rows) return;
     float sum = 0;
-    for (int w = 0; w < WARPS; w++) sum += sums[w][output][row];
+    for (int w = 0; w < WARPS; w++) sum += sums[w][output][column];
     if (BITS == 8) sum *= to_float(scales[o + output]);
-    put(&out[(long long)(r + row) * outputs + o + output], sum);
+    put(&out[(long long)(r + column) * outputs + o + output], sum);
 }
 """
 

@@ -1393,7 +1393,7 @@ class LLM:
     def _capture(self, model, cache, max_rows) -> DecodeGraphs | None:
         """Decode graphs; None where the forward pass waits for the device, as PyTorch's attention or expert loop does."""
         c, loops = model.config, any(isinstance(layer.gate_up, list) for layer in model.layers)
-        has_kernels = kernels.compiled(model.embed)[1] and c.head_dim % 16 == 0
+        has_kernels = kernels.compiled(model.embed)[1] and kernels.fits_tensor_cores(c.head_dim)
         if self.device.type != "cuda" or not has_kernels or loops:
             return None
         try:

@@ -7,6 +7,7 @@ need one are skipped, visibly.
 """
 
 import contextlib
+import itertools
 import os
 import platform
 import random
@@ -611,11 +612,17 @@ def test_groups_that_do_not_fit_are_refused(bits, group, inputs):
         kernels.quantize(torch.zeros(2, inputs), bits, group)
 
 
+SHAPES_AND_GROUPS = [*itertools.product([(1, 40, 128), (5, 33, 640), (12, 16, 256), (70, 5, 128)],
+                                       [(8, None), (8, 64), (4, None), (4, 128)]),
+                     *(((3, 17, 9600), group) for group in ((8, None), (4, None), (4, 96), (4, 9600)))]
+
+
 @every_body
-@pytest.mark.parametrize("bits, group", [(8, None), (8, 64), (4, None), (4, 128)])
-@pytest.mark.parametrize("rows, outputs, inputs", [(1, 40, 128), (5, 33, 640), (12, 16, 256), (70, 5, 128)])
-def test_low_bit_linear(body, rows, outputs, inputs, bits, group):
-    """Every row count that takes another way, outputs that fill no tile, and a bias."""
+@pytest.mark.parametrize("shape, bits_and_group", SHAPES_AND_GROUPS, ids=str)
+def test_low_bit_linear(body, shape, bits_and_group):
+    """Every row count that takes another way, outputs that fill no tile, inputs for which a GPU's lanes come back several
+    times, groups that are no power of two, and a bias."""
+    (rows, outputs, inputs), (bits, group) = shape, bits_and_group
     low = kernels.quantize(randn(1, outputs, inputs, dtype=F32), bits, group)
     x, bias = randn(2, rows, inputs, dtype=body), randn(3, outputs, dtype=body)
     expected = x.double() @ low.dequantize(F64).T
