@@ -237,5 +237,5 @@ assert step["a graph"] < 10 and worth["qwen3-small"][3] > 10 and worth["llama-3.
 if EMULATED:
     operations, fused, _ = traffic[512, 512, 2]
     assert operations > 20 * fused, "no score goes to memory"
-    assert traffic[1, 512, 2][1] < traffic[1, 512, 8][1] / 3.9, "heads that share K and V read them once"
+    assert traffic[1, 512, 2][1] < traffic[1, 512, 8][1] / 3.8, "heads that share K and V read them once"
     assert args.model or step["fused kernels"] == worth["this model"][0] < step["operations"] / 4
