@@ -888,17 +888,17 @@ class Edits:
         return edits.rows
 
     def _take(self, token):
-        p = self.params
+        p, rows = self.params, self.rows
         self.num_seen += 1
         num_output = self.num_seen - self.num_prompt
         if num_output == p.min_tokens:
             for banned in self.banned:
-                self.rows[self._row(banned) + 1] = self.biases.get(banned, 0)
+                rows[self._row(banned) + 1] = self.biases.get(banned, 0)
         if p.repetition_penalty != 1 or (self.counts and num_output > 0):
             row = self._row(token)
-            self.rows[row + 2] = p.repetition_penalty
+            rows[row + 2] = p.repetition_penalty
             if num_output > 0:
-                self.rows[row + 3] += p.frequency_penalty + p.presence_penalty * (token not in self.in_output)
+                rows[row + 3] += p.frequency_penalty + p.presence_penalty * (token not in self.in_output)
                 self.in_output.add(token)
 
     def _row(self, token) -> int:
@@ -1808,9 +1808,9 @@ class LLM:
         if edits or users:  # a copy: a user's function may write into what it is given
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).contiguous()
         if edits:
-            starts = torch.tensor([0, *accumulate(len(part) // 4 for part in parts)])
-            edits = torch.frombuffer(edits, dtype=torch.float64).view(-1, 4)
-            kernels.edit_logits(logits, self._send(starts), self._send(edits))
+            starts = array.array("q", [0, *accumulate(len(part) // 4 for part in parts)])
+            starts, edits = torch.frombuffer(starts, dtype=torch.int64), torch.frombuffer(edits, dtype=torch.float64)
+            kernels.edit_logits(logits, self._send(starts), self._send(edits).view(-1, 4))
         for i in users:
             request, _, num_drafts = samplers[i]
             try:
