@@ -859,13 +859,18 @@ class Edits:
     request is.
     """
 
-    def __init__(self, params: SamplingParams, num_prompt: int, stop_ids: frozenset):
-        self.params, self.num_prompt, self.num_seen = params, num_prompt, 0
+    # Once a step, what all requests have here comes from main memory: so it is little, and lies together.
+    __slots__ = ("repetition", "presence", "frequency", "num_prompt", "num_banned", "num_seen", "rows", "row_of", "in_output",
+                 "biases", "banned")
+
+    def __init__(self, p: SamplingParams, num_prompt: int, stop_ids: frozenset):
+        self.repetition, self.presence, self.frequency = p.repetition_penalty, p.presence_penalty, p.frequency_penalty
+        self.num_prompt, self.num_banned = num_prompt, num_prompt + p.min_tokens  # tokens up to where stop_ids are banned
+        self.num_seen = 0
         self.rows = array.array("d")  # token, bias, divide, subtract; token, bias, ... as `kernels.edit_logits` takes them
         self.row_of: dict[int, int] = {}  # token -> where its row begins
         self.in_output: set[int] = set()
-        self.biases, self.banned = params.logit_bias or {}, stop_ids if params.min_tokens else ()
-        self.counts = params.presence_penalty or params.frequency_penalty
+        self.biases, self.banned = p.logit_bias or {}, stop_ids if p.min_tokens else ()
         for token, bias in self.biases.items():
             self.rows[self._row(token) + 1] = bias
         for token in self.banned:
@@ -888,17 +893,17 @@ class Edits:
         return edits.rows
 
     def _take(self, token):
-        p, rows = self.params, self.rows
+        rows = self.rows
         self.num_seen += 1
-        num_output = self.num_seen - self.num_prompt
-        if num_output == p.min_tokens:
+        if self.num_seen == self.num_banned:
             for banned in self.banned:
                 rows[self._row(banned) + 1] = self.biases.get(banned, 0)
-        if p.repetition_penalty != 1 or (self.counts and num_output > 0):
+        is_output = self.num_seen > self.num_prompt
+        if self.repetition != 1 or (is_output and (self.presence or self.frequency)):
             row = self._row(token)
-            rows[row + 2] = p.repetition_penalty
-            if num_output > 0:
-                rows[row + 3] += p.frequency_penalty + p.presence_penalty * (token not in self.in_output)
+            rows[row + 2] = self.repetition
+            if is_output:
+                rows[row + 3] += self.frequency + self.presence * (token not in self.in_output)
                 self.in_output.add(token)
 
     def _row(self, token) -> int:
@@ -1757,7 +1762,9 @@ class LLM:
                      wants_all=rows == list(range(len(tokens))), repeated_keys=int((counts - 1) @ ends))
 
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the device; from pinned memory, so that the host does not wait for it."""
+        """On the device; copied from pinned memory, so that the host does not wait for it."""
+        if self.device.type == "cpu":
+            return tensor
         if self.device.type == "mps" and tensor.dtype == torch.float64:  # which it has not
             tensor = tensor.float()
         return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
