@@ -860,8 +860,8 @@ class Edits:
     """
 
     # Once a step, what all requests have here comes from main memory: so it is little, and lies together.
-    __slots__ = ("repetition", "presence", "frequency", "num_prompt", "num_banned", "num_seen", "rows", "row_of", "in_output",
-                 "biases", "banned")
+    __slots__ = ("repetition", "presence", "frequency", "num_prompt", "num_banned", "num_seen", "rows", "row_of",
+                 "in_output", "biases", "banned")
 
     def __init__(self, p: SamplingParams, num_prompt: int, stop_ids: frozenset):
         self.repetition, self.presence, self.frequency = p.repetition_penalty, p.presence_penalty, p.frequency_penalty
