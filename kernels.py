@@ -543,8 +543,8 @@ def _splits(requests, blocks, keys, num_sms, at_once):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def edit_logits(logits: torch.Tensor, starts: torch.Tensor, edits: torch.Tensor) -> None:
-    """Change single entries of logits [S, V], contiguous, in place; biases, bans and penalties are all of this form.
+def edit_logits(logits: torch.Tensor, starts: torch.Tensor, edits: torch.Tensor) -> torch.Tensor:
+    """Logits [S, V], with single entries changed, in float32 or wider; biases, bans and penalties are all of this form.
 
     edits: [N, 4], float64 where the device has it; those of row i are edits[starts[i]:starts[i + 1]]. starts: [S + 1] int64.
     The columns are token, bias, divide and subtract: the token's logit gets bias added (-inf bans it), is moved towards
@@ -552,13 +552,17 @@ def edit_logits(logits: torch.Tensor, starts: torch.Tensor, edits: torch.Tensor)
     arXiv:1909.05858), and loses subtract (presence and frequency penalty). No row may name a token twice.
     """
     cpp, _ = compiled(logits)
-    if cpp:
-        return cpp("edit_logits", logits, starts, edits, *logits.shape)
+    if cpp and logits.stride(1) == 1:
+        out = torch.empty(logits.shape)
+        cpp("edit_logits", logits, starts, edits, out, *logits.shape, logits.stride(0))
+        return out
+    out = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
     tokens, bias, divide, subtract = edits.unbind(1)
-    rows = torch.arange(len(logits), device=logits.device).repeat_interleave(starts.diff(), output_size=len(edits))
-    entries, at = logits.view(-1), rows * logits.shape[1] + tokens.long()
+    rows = torch.arange(len(out), device=out.device).repeat_interleave(starts.diff(), output_size=len(edits))
+    entries, at = out.view(-1), rows * out.shape[1] + tokens.long()
     picked = entries[at] + bias
-    entries[at] = (torch.where(picked > 0, picked / divide, picked * divide) - subtract).to(logits.dtype)
+    entries[at] = (torch.where(picked > 0, picked / divide, picked * divide) - subtract).to(out.dtype)
+    return out
 
 
 def token_probabilities(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor,
@@ -702,7 +706,7 @@ class CppLibrary:
         "rope_and_write_kv": [_P] * 10 + [_I] * 6 + [_F],
         "paged_attention": [_P] * 9 + [_I] * 9 + [_F],
         "panel_linear": [_P] * 5 + [_I] * 6,
-        "edit_logits": [_P] * 3 + [_I] * 2,
+        "edit_logits": [_P] * 4 + [_I] * 3,
         "sample": [_P] * 7 + [_I] * 3,
     }
 
@@ -1171,14 +1175,18 @@ extern "C" void panel_linear(const T* x, const void* panels, const float* scales
 extern "C" void multiplies_pairs() {}
 #endif
 
-// ---- Single entries of the logits changed.
-extern "C" void edit_logits(T* logits, const int64_t* starts, const double* edits, int64_t rows, int64_t V) {
-    #pragma omp parallel for if (starts[rows] > BIG)
+// ---- A copy of the logits with single entries changed.
+extern "C" void edit_logits(const T* logits, const int64_t* starts, const double* edits, float* out, int64_t rows, int64_t V,
+                            int64_t stride) {
+    #pragma omp parallel for if (rows * V > BIG)
     for (int64_t r = 0; r < rows; r++) {
+        const T* from = logits + r * stride;
+        float* to = out + r * V;
+        for (int64_t i = 0; i < V; i++) to[i] = to_float(from[i]);
         for (const double* edit = edits + 4 * starts[r]; edit < edits + 4 * starts[r + 1]; edit += 4) {
-            T* logit = logits + r * V + (int64_t)edit[0];
-            double picked = to_float(*logit) + edit[1], less = picked / edit[2], more = picked * edit[2];
-            put(logit, float((picked > 0 ? less : more) - edit[3]));
+            float& logit = to[(int64_t)edit[0]];
+            double picked = logit + edit[1], less = picked / edit[2], more = picked * edit[2];
+            logit = float((picked > 0 ? less : more) - edit[3]);
         }
     }
 }

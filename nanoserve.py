@@ -1812,12 +1812,12 @@ class LLM:
                  for request, _, num_drafts in samplers]
         edits = bytearray().join(parts)
         users = [i for i, (request, *_) in enumerate(samplers) if request.params.logits_processor]
-        if edits or users:  # a copy: a user's function may write into what it is given
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).contiguous()
         if edits:
             starts = array.array("q", [0, *accumulate(len(part) // 4 for part in parts)])
             starts, edits = torch.frombuffer(starts, dtype=torch.int64), torch.frombuffer(edits, dtype=torch.float64)
-            kernels.edit_logits(logits, self._send(starts), self._send(edits).view(-1, 4))
+            logits = kernels.edit_logits(logits, self._send(starts), self._send(edits).view(-1, 4))
+        elif users:  # they may write into what they are given
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         for i in users:
             request, _, num_drafts = samplers[i]
             try:

@@ -292,17 +292,22 @@ def test_seeds_of_any_sign_and_size():
 # ---- penalties and biases ----
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("use_cpp", [True, False], ids=["cpp", "torch"])
 def test_edit_logits(use_cpp, dtype, monkeypatch):
-    """A bias, then the repetition penalty's factor, then what is subtracted; in place, row by row, some without any."""
+    """A bias, then the repetition penalty's factor, then what is subtracted, row by row, some without any; the logits stay.
+    """
     monkeypatch.setattr(kernels, "use_cpp", use_cpp)
-    logits = torch.tensor([[2, -2, 0, 1], [1, 2, 3, 4], [5, 6, 7, 8], [math.nan, INF, 3, 4]], dtype=dtype)
-    edits = [[0, 0, 2, 0], [1, 0, 2, -1], [2, 0, 2, 1], [3, -3, 2, 0.5], [3, -INF, 1, 0], [0, -INF, 1, 2], [0, 1, 2, 3],
-             [1, 1, 2, 3]]
-    kernels.edit_logits(logits, torch.tensor([0, 4, 4, 6, 8]), torch.tensor(edits, dtype=torch.float64))
-    assert logits[:3].tolist() == [[1, -3, -1, -4.5], [1, 2, 3, 4], [-INF, 6, 7, -INF]]
-    assert str(logits[3].tolist()) == "[nan, inf, 3.0, 4.0]"
+    logits = torch.tensor([[2, -2, 0, 1, 9], [1, 2, 3, 4, 9], [5, 6, 7, 8, 9], [math.nan, INF, 3, 4, 9]], dtype=dtype)
+    for given in (logits, logits[:, :4], logits[:, :4].clone(), logits.t().contiguous().t()[:, :4]):
+        before = given.clone()
+        edits = [[0, 0, 2, 0], [1, 0, 2, -1], [2, 0, 2, 1], [3, -3, 2, 0.55], [3, -INF, 1, 0], [0, -INF, 1, 2],
+                 [0, 1, 2, 3], [1, 1, 2, 3]]
+        out = kernels.edit_logits(given, torch.tensor([0, 4, 4, 6, 8]), torch.tensor(edits, dtype=torch.float64))
+        assert out.dtype == (dtype if dtype == torch.float64 else torch.float32) and out.is_contiguous()
+        assert out[:3, :4].tolist() == [[1, -3, -1, pytest.approx(-4.55)], [1, 2, 3, 4], [-INF, 6, 7, -INF]]
+        assert str(out[3, :4].tolist()) == "[nan, inf, 3.0, 4.0]" and (out[:, 4:] == 9).all()
+        assert torch.equal(given.nan_to_num(), before.nan_to_num())
 
 
 PENALTIES = [{"repetition_penalty": 1.8}, {"repetition_penalty": 0.6}, {"presence_penalty": 20.0},
