@@ -70,6 +70,11 @@ import kernels
 from cache import SCRATCH, BlockPool, KVCache
 from scheduler import FINISHED, POLICIES, RUNNING, Policy, Request, Scheduler, is_number
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
 # On a CPU, oneDNN and torch's layer over it compile a matrix product for every number of rows they meet, and each keeps the
 # last 1,024 of them: hundreds of MB, by which a server grows for hours. Steps are as fast with 64.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
@@ -2918,9 +2923,7 @@ def to_json(value) -> bytes:
 
 def max_open_files() -> float:
     """How many files and sockets this process may have open."""
-    try:
-        import resource  # Unix only
-    except ImportError:
+    if resource is None:
         return math.inf
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return math.inf if limit == resource.RLIM_INFINITY else limit
@@ -3498,8 +3501,6 @@ def workload_from(args: argparse.Namespace, longest: int, vocab: int) -> list[tu
 
 def bench(args: argparse.Namespace) -> None:
     """Measure throughput and latency on a synthetic workload, and say what share of this machine's roofline that is."""
-    import resource
-
     if (args.compare or args.nano_vllm) and args.rate < math.inf:
         other = "--compare" if args.compare else "--nano-vllm"
         raise ValueError(f"--rate: {args.rate} cannot go with {other}, which submits all requests at once")
@@ -3533,7 +3534,9 @@ def bench(args: argparse.Namespace) -> None:
             peer_seconds.append(peer.run())
     seconds = statistics.median(run["seconds"] for run in runs)
     busy = statistics.median(run["seconds"] - run["idle"] for run in runs)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    peak = math.nan  # where nobody says it
+    if resource:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**30
     each = ", ".join(f"{num_out / run['seconds']:,.0f}" for run in runs)

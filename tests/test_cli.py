@@ -5,6 +5,7 @@ import builtins
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -356,12 +357,17 @@ def test_generate_into_a_folder_that_is_not_there(options, files, capsys, tmp_pa
 # ---- bench ----
 
 
-def test_bench_prints_its_figures(options, capsys, monkeypatch):
+@pytest.mark.parametrize("windows", [False, True])
+def test_bench_prints_its_figures(windows, options, capsys, monkeypatch):
     # Measuring the machine takes half a GB and seconds: not here.
     monkeypatch.setattr(nanoserve, "measure_roofline", lambda dtype, device: (1e9, 1e9))
+    if windows:  # which has no such module
+        monkeypatch.setattr(nanoserve, "resource", None)
+        assert nanoserve.max_open_files() == math.inf
     tiny = ["--requests", "2", "--input-len", "3..5", "--output-len", "2..4", "--runs", "1"]
     assert main(["bench", *options, *tiny]) == 0
     out = capsys.readouterr().out
+    assert ("peak memory nan" in out) == windows
     work = nanoserve.workload("uniform", 2, uniform=((3, 5), (2, 4)))
     num_in, num_out = sum(job.prompt for job in work), sum(job.output for job in work)
     assert f"2 requests, {num_in} tokens in, {num_out} out, greedy, all submitted at once" in out
