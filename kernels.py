@@ -457,7 +457,7 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
             cpp("paged_attention", q, *caches, *tables, out, len(context_lens), block_tables.shape[1], block_size,
                 num_heads, kv_heads, head_dim, q.stride(0), window, 8 * k_cache.itemsize, scale)
             return out
-        if fits_tensor_cores(head_dim):
+        if has_cuda_attention(head_dim):
             return _paged_attention_cuda(cuda, q, *caches, *tables, scale, window)
     out, wide = torch.empty_like(q), torch.promote_types(q.dtype, torch.float32)
     starts, lengths = query_start.tolist(), context_lens.tolist()
@@ -479,8 +479,8 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
     return out
 
 
-def fits_tensor_cores(head_dim: int) -> bool:
-    """Whether there is a CUDA body of attention for it: rows of 16 entries, four warps' sums in 48 KB of shared memory."""
+def has_cuda_attention(head_dim: int) -> bool:
+    """Whether the CUDA bodies of attention take this head size: beyond 256 a tile's sums leave the registers."""
     return head_dim % 16 == 0 and head_dim <= 256
 
 
@@ -494,7 +494,7 @@ def _paged_attention_cuda(cuda, q, k_cache, v_cache, k_scales, v_scales, block_t
     max_queries, rows = T - B + 1, 128 if head_dim <= 128 else 64
     few = max(1, rows // group)
     int8, caches = int(k_scales is not None), (k_cache, v_cache, k_scales, v_scales)
-    if use_tiles and max_queries > few and q.element_size() == 2 and head_dim <= 256 and scale > 0:
+    if use_tiles and max_queries > few and q.element_size() == 2 and scale > 0:
         tiles = T * group // rows + min(B, (T - B) // few)  # the kernel's first_tile(B)
         cuda("tiled_attention", (tiles, kv_heads), 128, q, *caches, block_tables, context_lens, query_start, out, B, M,
              block_size, few, heads, kv_heads, q.stride(0), window, float(scale), D=head_dim, ROWS=rows, INT8=int8,
@@ -505,18 +505,23 @@ def _paged_attention_cuda(cuda, q, k_cache, v_cache, k_scales, v_scales, block_t
     # Tiles of 16 rows where requests may have more than 8, and where the registers hold their sums.
     R = 16 if (T > B or group > 8) and q.element_size() == 2 and head_dim <= 128 else 8
     tiles = min(T * group // R + B, B * -(-max_queries * group // R))  # likewise
-    at_once = cuda.num_sms * (2 if R == 16 or head_dim > 128 or q.element_size() == 4 else 4 if int8 else 3)  # BLOCKS there
-    splits = _splits(B, tiles * kv_heads, M * block_size, cuda.num_sms, at_once)
+    blocks = blocks_at_once(head_dim, R, q.element_size(), int8)
+    constants = {"D": head_dim, "R": R, "DECODE": int(T == B and group <= R), "INT8": int8, "BLOCKS": blocks}
+    splits = _splits(B, tiles * kv_heads, M * block_size, cuda.num_sms, blocks * cuda.num_sms)
     sums, stats, sum_tokens = None, None, min(T, B * max_queries)
     if splits > 1:
         sums, stats = (q.new_empty(splits, sum_tokens, heads, n, dtype=torch.float32) for n in (head_dim, 2))
-    constants = {"D": head_dim, "R": R, "DECODE": int(T == B and group <= R), "INT8": int8}
     cuda("paged_attention", (tiles, kv_heads, splits), 128, q, *caches, block_tables, context_lens, query_start, out, sums,
          stats, B, M, block_size, max_queries, sum_tokens, heads, kv_heads, q.stride(0), window, float(scale), **constants)
     if splits > 1:
         cuda("combine_splits", (sum_tokens * heads,), 32 * min(16, splits), sums, stats, query_start, out, B, max_queries,
              heads, splits, **constants)
     return out
+
+
+def blocks_at_once(D: int, R: int, itemsize: int, int8: int) -> int:
+    """How many blocks of `paged_attention` a multiprocessor has room for: the compiler gives each so few registers."""
+    return 2 if R == 16 or D > 128 or itemsize == 4 else 4 if int8 else 3
 
 
 @functools.lru_cache(4096)
@@ -554,7 +559,7 @@ def edit_logits(logits: torch.Tensor, starts: torch.Tensor, edits: torch.Tensor)
     cpp, _ = compiled(logits)
     if cpp and logits.stride(1) == 1:
         out = torch.empty(logits.shape)
-        cpp("edit_logits", logits, starts, edits, out, *logits.shape, logits.stride(0))
+        cpp("edit_logits", logits, starts.long(), edits.double().contiguous(), out, *logits.shape, logits.stride(0))
         return out
     out = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
     tokens, bias, divide, subtract = edits.unbind(1)
@@ -721,7 +726,7 @@ class CppLibrary:
 
 def cpp_compiler() -> str | None:
     """The system's C++ compiler, which CXX may name with a word before it or after it, such as "ccache g++"."""
-    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    return os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
 
 
 @functools.cache
@@ -731,7 +736,7 @@ def cpp_library(dtype: torch.dtype) -> CppLibrary | None:
         return None
     try:
         return CppLibrary(_build_cpu_source(compiler, _CPP_ELEMENTS[dtype]))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: CXX has a quote that does not end
         log = getattr(error, "stderr", None) or str(error)
         warnings.warn(f"the C++ kernels could not be built, PyTorch runs instead (slower): {log}", stacklevel=2)
         return None
@@ -1838,9 +1843,8 @@ CUDA["paged_attention"] = r"""
 // its p by the value's. That halves the bytes, and adds two for every scale.
 //
 // Left open: T, D (a multiple of 16), R (rows of a tile, 8 or 16), DECODE (1: one query, one tile per request), INT8 (1: so
-// is the cache).
+// is the cache), BLOCKS (that shall fit on a multiprocessor).
 constexpr int WARPS = 4, TILES = R / 8;
-constexpr int BLOCKS = R == 16 || D > 128 || sizeof(T) == 4 ? 2 : INT8 ? 4 : 3;  // that fit on a multiprocessor
 
 // Two entries, as the matrix instruction takes them: two 16-bit numbers in a register.
 __device__ unsigned firsts(unsigned x, unsigned y) { return __byte_perm(x, y, 0x5410); }
@@ -2314,7 +2318,8 @@ CUDA["low_bit_linear"] = r"""
 // place of the scattered ones that the instruction expects of it.
 //
 // Reads each code once for every 8 rows, and x from the cache; does 2 FLOPs per code and row: memory is the limit. It takes
-// long to answer, so a lane asks for codes AHEAD steps before it needs them: two blocks on a multiprocessor wait for 64 KB.
+// long to answer, so a lane asks for codes AHEAD steps before it needs them: a block waits for 32 KB, and three may run on a
+// multiprocessor.
 // The next limit are instructions. An H200 issues about 100 in the time in which memory brings the 16 bytes for each lane of
 // a warp; to widen and multiply them takes 75 with 4 bits, 40 with 8.
 //

@@ -61,7 +61,7 @@ from http import HTTPStatus
 from itertools import accumulate, chain, islice, product, zip_longest
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -1119,7 +1119,8 @@ class UserFunction:
         self.function, self.vocab_size = function, vocab_size
 
     def __call__(self, request: Request, k: int) -> list[int]:
-        drafts = list(self.function(request.tokens.copy()) or ())[:k]  # None is no drafts too
+        proposed = self.function(request.tokens.copy())
+        drafts = [] if proposed is None else list(proposed)[:k]
         for token in drafts:
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise ValueError(f"draft: the function proposed {token!r}, not a token id from 0 to {self.vocab_size - 1}")
@@ -1281,13 +1282,13 @@ class LLM:
         ridge = 0 if draft is None else 128 if is_cuda else 16  # see `Scheduler`; 0: no drafts
         self.scheduler = Scheduler(self.pool, max_batch_tokens=max_batch_tokens, max_batch_requests=max_batch_requests,
                                    max_model_len=self.max_model_len, policy=policy, ridge=ridge)
-        rows = max(max_batch_requests, min(max_batch_requests * (1 + self.num_drafts), ridge))
+        rows = max(max_batch_requests, min(max_batch_requests * (1 + self.num_drafts), ridge, max_batch_tokens))
         self.graphs = self._capture(self.model, self.cache, rows) if graphs else None
         self.draft_cost = 1 / max(1, ridge)  # of a draft, in steps: one more row for the model, and a pass of a draft model
         if isinstance(self.drafter, GPT):
             small, cache = self.drafter, self.caches[1]
             self.draft_cost += small.num_parameters / self.model.num_parameters
-            captured = self._capture(small, cache, min(2 * max_batch_requests, ridge)) if graphs else None
+            captured = self._capture(small, cache, min(2 * max_batch_requests, max_batch_tokens)) if graphs else None
             self.drafter = DraftModel(small, cache, captured)
         self._random = random.Random(seed)
         self._plan: list[tuple[Request, int]] = []  # of the step under way, or the last one
@@ -1403,7 +1404,7 @@ class LLM:
     def _capture(self, model, cache, max_rows) -> DecodeGraphs | None:
         """Decode graphs; None where the forward pass waits for the device, as PyTorch's attention or expert loop does."""
         c, loops = model.config, any(isinstance(layer.gate_up, list) for layer in model.layers)
-        has_kernels = kernels.compiled(model.embed)[1] and kernels.fits_tensor_cores(c.head_dim)
+        has_kernels = kernels.compiled(model.embed)[1] and kernels.has_cuda_attention(c.head_dim)
         if self.device.type != "cuda" or not has_kernels or loops:
             return None
         try:
@@ -1764,7 +1765,7 @@ class LLM:
         if min(tokens) < 0:
             long[0] = self._in_flight.fill(long[0])
         return Batch(*long[:3], packed[6].view(tables.shape), *packed[4:6], long[3],
-                     wants_all=rows == list(range(len(tokens))), repeated_keys=int((counts - 1) @ ends))
+                     wants_all=rows == list(range(len(tokens))), repeated_keys=int((counts - 1) @ (2 * ends - counts)) // 2)
 
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the device; copied from pinned memory, so that the host does not wait for it."""
@@ -2880,7 +2881,7 @@ class Connection(asyncio.Protocol):
         if not self.is_http10 and "host" not in headers:
             raise HTTPError(400, "Host: is missing")
         self.keep_alive = not self.is_http10 and "close" not in headers.get("connection", "").lower()
-        return method, path.partition("?")[0], headers
+        return method, unquote(path.partition("?")[0]), headers
 
     async def _send_error(self, error):
         """An error as an answer; after the headers of a stream, as its last event, and the stream ends without its mark."""
@@ -2964,7 +2965,7 @@ class Server(contextlib.AbstractContextManager):
             "/tokenize": (self._tokenize, Connection.respond), "/detokenize": (self._detokenize, Connection.respond),
             "/v1/models": (None, self._models), "/health": (None, self._health), "/metrics": (None, self._metrics),
             "/stats": (None, self._stats), "/": (None, self._page), "/events": (None, self._events),
-            **{f"/v1/models/{name}": (None, self._model) for name in (model_name, quote(model_name, safe=""))}}
+            f"/v1/models/{model_name}": (None, self._model)}
         if teach:
             self.routes["/engine"] = (self._control, Connection.respond)
         self._looking: asyncio.Task | None = None  # the `_look` that all pages wait for
@@ -3040,7 +3041,7 @@ class Server(contextlib.AbstractContextManager):
             raise HTTPError(404, f"there is no {path[:100]}")
         allowed = ["POST"] if self.routes[path][0] else ["GET"] if path == "/events" else ["GET", "HEAD"]
         if method not in allowed:
-            raise HTTPError(405, f"{path} takes {allowed[0]} only", Allow=", ".join(allowed))
+            raise HTTPError(405, f"{path} takes {' or '.join(allowed)} only", Allow=", ".join(allowed))
         return self.routes[path]
 
     # ---- what is served ----

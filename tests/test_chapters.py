@@ -29,11 +29,12 @@ def counted(text: str) -> list[str | float]:
 
 
 @pytest.fixture(scope="module")
-def runs():
-    """Every chapter's run: in processes of their own, one for each core at a time, with one thread and no network."""
+def runs(request):
+    """Of every chapter asked for: in processes of their own, one for each core at a time, with one thread and no network."""
     pool, nowhere = ThreadPoolExecutor(os.cpu_count()), "http://127.0.0.1:9"
-    yield {number: pool.submit(index.run, fields["file"], http_proxy=nowhere, https_proxy=nowhere)
-           for number, fields in WRITTEN.items()}
+    asked = (item.callspec.params["number"] for item in request.session.items if "runs" in item.fixturenames)
+    yield {number: pool.submit(index.run, WRITTEN[number]["file"], http_proxy=nowhere, https_proxy=nowhere)
+           for number in asked}
     pool.shutdown(cancel_futures=True)
 
 

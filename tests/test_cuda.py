@@ -271,6 +271,9 @@ def test_padded_batches_get_the_same_tokens(kv_dtype, overlap, monkeypatch):
     tokens, llm = come_and_go("cpu", graphs=True, kv_dtype=kv_dtype, overlap=overlap)
     assert tokens == come_and_go("cpu", graphs=False, kv_dtype=kv_dtype)[0]
     assert sorted(size for _, size in replays) == llm.graphs.sizes == [1, 2, 4, 8, 16, 21]
+    c, size, cache = llm.model.config, llm.pool.block_size, llm.cache
+    per_block = KVCache.bytes_per_block(c.num_layers, size, c.num_kv_heads, c.head_dim, cache.data.itemsize)
+    assert llm.graphs.key_bytes * size == per_block
 
 
 @pytest.mark.gpu
@@ -735,6 +738,14 @@ KERNELS = [("add_norm", {"N": 8}), ("silu_mul", {"N": 8}), ("sample", {}),
            *(("paged_attention", {"D": D, "R": R, "DECODE": R == 8, "INT8": 1}) for D, R in ((64, 8), (80, 8), (128, 16)))]
 
 
+def gpu_source(name, element, **constants):
+    """As `kernels` has it compiled."""
+    if name == "paged_attention":
+        itemsize = 4 if element == "float" else 2
+        constants["BLOCKS"] = kernels.blocks_at_once(constants["D"], constants["R"], itemsize, constants["INT8"])
+    return kernels.cuda_source(name, element, **{key: int(value) for key, value in constants.items()})
+
+
 @pytest.fixture
 def nvrtc():
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="no NVRTC here")
@@ -800,7 +811,7 @@ def test_nvrtc_compiles_every_kernel(arch, element, nvrtc, monkeypatch, tmp_path
     compiled = [(name, constants) for name, constants in KERNELS
                 if element != "float" or name not in ("low_bit_linear", "tiled_attention") and constants.get("R") != 16]
     for name, constants in compiled:
-        source = kernels.cuda_source(name, element, **{key: int(value) for key, value in constants.items()})
+        source = gpu_source(name, element, **constants)
         code = kernels.nvrtc_compile(source, arch)
         assert code.startswith(b"\x7fELF") and name.encode() in code
         assert kernels.nvrtc_compile(source, arch) == code  # from the cache folder
@@ -816,7 +827,7 @@ def test_nvrtc_compiles_every_kernel(arch, element, nvrtc, monkeypatch, tmp_path
 def test_nvcc_keeps_sums_in_registers_too(arch, tmp_path):
     """NVRTC is what the engine uses, but not everywhere where there is nvcc."""
     def compile(i, name, constants):
-        (path := tmp_path / f"{i}.cu").write_text(kernels.cuda_source(name, "bf16", **constants))
+        (path := tmp_path / f"{i}.cu").write_text(gpu_source(name, "bf16", **constants))
         subprocess.run(["nvcc", f"-arch={arch}", "-cubin", "-o", path.with_suffix(".cubin"), path], check=True)
         return name, constants, path.with_suffix(".cubin").read_bytes()
 

@@ -148,6 +148,11 @@ def emulate_graphs(monkeypatch) -> Counter:
 
         def replay():
             replays[self.model, len(rows.tokens)] += 1
+            # Rows that pad do too: they write into the scratch block, and see what they wrote.
+            size = self.cache.data.shape[3]
+            blocks = rows.block_tables.gather(1, (rows.positions // size)[:, None])[:, 0]
+            assert (rows.context_lens == rows.positions + 1).all()
+            assert (rows.slots == blocks * size + rows.positions % size).all()
             logits.copy_(forward(rows, self.cache))
 
         return replay, logits

@@ -677,9 +677,10 @@ def test_a_failing_compiler_warns_once_and_pytorch_runs(monkeypatch, fresh):
     assert not list(fresh.glob("**/*.so"))
 
 
-def test_a_compiler_that_is_not_there_warns_too(monkeypatch, fresh):
-    monkeypatch.setenv("CXX", str(fresh / "no_such_compiler"))
-    with pytest.warns(UserWarning, match="no_such_compiler"):
+@pytest.mark.parametrize("cxx, message", [("no_such_compiler", "no_such_compiler"), ('g++ "', "No closing quotation")])
+def test_a_compiler_that_is_not_there_warns_too(cxx, message, monkeypatch, fresh):
+    monkeypatch.setenv("CXX", cxx)
+    with pytest.warns(UserWarning, match=message):
         assert kernels.cpp_library(F32) is None
 
 

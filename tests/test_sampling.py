@@ -302,11 +302,11 @@ def test_edit_logits(use_cpp, dtype, monkeypatch):
     for given in (logits, logits[:, :4], logits[:, :4].clone(), logits.t().contiguous().t()[:, :4]):
         before = given.clone()
         edits = [[0, 0, 2, 0], [1, 0, 2, -1], [2, 0, 2, 1], [3, -3, 2, 0.55], [3, -INF, 1, 0], [0, -INF, 1, 2],
-                 [0, 1, 2, 3], [1, 1, 2, 3]]
-        out = kernels.edit_logits(given, torch.tensor([0, 4, 4, 6, 8]), torch.tensor(edits, dtype=torch.float64))
+                 [0, 1, 2, 3], [1, 1, 2, 3], [2, 1, 2, 3]]
+        out = kernels.edit_logits(given, torch.tensor([0, 4, 4, 6, 9]), torch.tensor(edits, dtype=torch.float64))
         assert out.dtype == (dtype if dtype == torch.float64 else torch.float32) and out.is_contiguous()
         assert out[:3, :4].tolist() == [[1, -3, -1, pytest.approx(-4.55)], [1, 2, 3, 4], [-INF, 6, 7, -INF]]
-        assert str(out[3, :4].tolist()) == "[nan, inf, 3.0, 4.0]" and (out[:, 4:] == 9).all()
+        assert str(out[3, :4].tolist()) == "[nan, inf, -1.0, 4.0]" and (out[:, 4:] == 9).all()
         assert torch.equal(given.nan_to_num(), before.nan_to_num())
 
 
@@ -314,7 +314,7 @@ PENALTIES = [{"repetition_penalty": 1.8}, {"repetition_penalty": 0.6}, {"presenc
              {"frequency_penalty": 8.0}, {"frequency_penalty": -8.0},
              {"presence_penalty": -9.0, "frequency_penalty": 4.0, "repetition_penalty": 1.4},
              {"logit_bias": {3: 5.5, 17: -INF, 40: -2}}, {"logit_bias": {3: 100.0}, "presence_penalty": 100.0},
-             {"min_tokens": 6, "stop_token_ids": list(range(0, 64, 2))},
+             {"min_tokens": 6, "stop_token_ids": list(range(0, 64, 2)), "logit_bias": {4: 30.0}},
              {"min_tokens": 3, "stop_token_ids": list(range(20)), "frequency_penalty": 3.0}]
 
 

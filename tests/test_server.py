@@ -437,10 +437,11 @@ def test_a_field_that_asks_for_nothing_is_no_error(server):
             assert (status, answer["error"]["param"]) == (400, name)
 
 
-@pytest.mark.parametrize("name", ["a model", "Qwen/Qwen3-0.6B", "größer"])
+@pytest.mark.parametrize("name", ["a model", "Qwen/Qwen3-0.6B", "größer", "an org/a model (v1)"])
 def test_a_model_by_its_name(serving, name):
     server = serving(model_name=name)
-    for path in {quote(name, safe=""), quote(name)}:
+    whole = quote(name, safe="")
+    for path in {whole, quote(name), quote(name, safe="/()"), whole.replace("%2F", "%2f")}:
         assert call(server, f"/v1/models/{path}")[2] == call(server, "/v1/models")[2]["data"][0]
     assert call(server, "/v1/models/else")[0] == 404
 

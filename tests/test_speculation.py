@@ -527,15 +527,16 @@ def test_what_graphs_are_for(monkeypatch):
     for requests, drafts in ((1, 8), (3, 4), (300, 2)):
         engine(max_batch_tokens=512, max_batch_requests=requests, num_drafts=drafts)
     speculating("noisy")(max_batch_requests=1)
-    assert captured == [9, 15, 300, 9, 2]
+    speculating("noisy")(max_batch_requests=256, max_batch_tokens=256)
+    assert captured == [9, 15, 300, 9, 2, 256, 256]
     llm = test_engine.engine(max_batch_requests=2)
     llm.add_request([1] * 20, GREEDY)
     llm.add_request([2] * 7, GREEDY)
     batch, *_ = llm.pack(llm.scheduler.schedule())
-    for rows, key_bytes, answer in ((27, 2**32 // 422, True), (26, 1, False), (27, 2**32 // 422 + 1, False)):
+    for rows, key_bytes, answer in ((27, 2**32 // 211, True), (26, 1, False), (27, 2**32 // 211 + 1, False)):
         graphs = SimpleNamespace(sizes=[1, rows], key_bytes=key_bytes)
         assert nanoserve.DecodeGraphs.can_replay(graphs, batch) == answer
-    assert batch.repeated_keys == 19 * 20 + 6 * 7
+    assert batch.repeated_keys == 19 * 20 // 2 + 6 * 7 // 2
 
 
 def test_the_default_model_with_its_draft():
