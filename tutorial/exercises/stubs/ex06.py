@@ -78,4 +78,4 @@ def lay_out(self, spans: list[Span], rows: list[int]) -> Batch:
     if min(tokens) < 0:
         long[0] = self._in_flight.fill(long[0])
     return Batch(*long[:3], packed[6].view(tables.shape), *packed[4:6], long[3],
-                 wants_all=rows == list(range(len(tokens))), repeated_keys=int((counts - 1) @ ends))
+                 wants_all=rows == list(range(len(tokens))), repeated_keys=int((counts - 1) @ (2 * ends - counts)) // 2)
