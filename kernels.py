@@ -549,7 +549,7 @@ def _splits(requests, blocks, keys, num_sms, at_once):
 
 
 def edit_logits(logits: torch.Tensor, starts: torch.Tensor, edits: torch.Tensor) -> torch.Tensor:
-    """Logits [S, V], with single entries changed, in float32 or wider; biases, bans and penalties are all of this form.
+    """A copy of logits [S, V], in float32 or wider, with single entries changed, as biases, bans and penalties do.
 
     edits: [N, 4], float64 where the device has it; those of row i are edits[starts[i]:starts[i + 1]]. starts: [S + 1] int64.
     The columns are token, bias, divide and subtract: the token's logit gets bias added (-inf bans it), is moved towards

@@ -1285,11 +1285,10 @@ class LLM:
         rows = max(max_batch_requests, min(max_batch_requests * (1 + self.num_drafts), ridge, max_batch_tokens))
         self.graphs = self._capture(self.model, self.cache, rows) if graphs else None
         self.draft_cost = 1 / max(1, ridge)  # of a draft, in steps: one more row for the model, and a pass of a draft model
-        if isinstance(self.drafter, GPT):
-            small, cache = self.drafter, self.caches[1]
+        if isinstance(small := self.drafter, GPT):
             self.draft_cost += small.num_parameters / self.model.num_parameters
-            captured = self._capture(small, cache, min(2 * max_batch_requests, max_batch_tokens)) if graphs else None
-            self.drafter = DraftModel(small, cache, captured)
+            rows = min(2 * max_batch_requests, max_batch_tokens)
+            self.drafter = DraftModel(small, self.caches[1], self._capture(small, self.caches[1], rows) if graphs else None)
         self._random = random.Random(seed)
         self._plan: list[tuple[Request, int]] = []  # of the step under way, or the last one
         self._in_flight: InFlight | None = None  # the step whose tokens have not been read
@@ -2121,7 +2120,7 @@ def parse_json(body: bytes) -> dict:
 def check_fields(body: dict, known: set[str]) -> None:
     """ValueError that names the first field which is unknown. One that is null is as good as absent."""
     for name, value in body.items():
-        if value is not None and name not in known | HARMLESS_FIELDS and value != NEUTRAL_VALUES.get(name):
+        if value is not None and name not in known and name not in HARMLESS_FIELDS and value != NEUTRAL_VALUES.get(name):
             close = difflib.get_close_matches(name[:100], known, 1)
             raise ValueError(f"{name[:100]}: this server has no such field" + (f"; {close[0]} is one" if close else ""))
 
