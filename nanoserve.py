@@ -866,20 +866,18 @@ class Edits:
 
     # Once a step, what all requests have here comes from main memory: so it is little, and lies together.
     __slots__ = ("repetition", "presence", "frequency", "num_prompt", "num_banned", "num_seen", "rows", "row_of",
-                 "in_output", "biases", "banned")
+                 "biases", "banned")
 
     def __init__(self, p: SamplingParams, num_prompt: int, stop_ids: frozenset):
         self.repetition, self.presence, self.frequency = p.repetition_penalty, p.presence_penalty, p.frequency_penalty
         self.num_prompt, self.num_banned = num_prompt, num_prompt + p.min_tokens  # tokens up to where stop_ids are banned
         self.num_seen = 0
         self.rows = array.array("d")  # token, bias, divide, subtract; token, bias, ... as `kernels.edit_logits` takes them
-        self.row_of: dict[int, int] = {}  # token -> where its row begins
-        self.in_output: set[int] = set()
+        self.row_of: dict[int, int] = {}  # token -> where its row begins; -1 - that once it is in the output
         self.biases, self.banned = p.logit_bias or {}, stop_ids if p.min_tokens else ()
-        for token, bias in self.biases.items():
-            self.rows[self._row(token) + 1] = bias
-        for token in self.banned:
-            self.rows[self._row(token) + 1] = -math.inf
+        for token, bias in (self.biases | dict.fromkeys(self.banned, -math.inf)).items():
+            self.row_of[token] = len(self.rows)
+            self.rows.extend((token, bias, 1, 0))
 
     @staticmethod
     def wanted(p: SamplingParams) -> bool:
@@ -888,41 +886,40 @@ class Edits:
 
     def after(self, token_ids: list[int], drafts: list[int] = ()) -> array.array:
         """The rows after these tokens, and drafts that may turn out wrong; until the next call."""
-        for token in token_ids[self.num_seen:]:
-            self._take(token)
+        self._take(token_ids[self.num_seen:])
         if not drafts:
             return self.rows
         edits = self.copy()
-        for token in drafts:
-            edits._take(token)
+        edits._take(drafts)
         return edits.rows
 
-    def _take(self, token):
-        rows = self.rows
-        self.num_seen += 1
-        if self.num_seen == self.num_banned:
-            for banned in self.banned:
-                rows[self._row(banned) + 1] = self.biases.get(banned, 0)
-        is_output = self.num_seen > self.num_prompt
-        if self.repetition != 1 or (is_output and (self.presence or self.frequency)):
-            row = self._row(token)
+    def _take(self, token_ids):
+        rows, row_of = self.rows, self.row_of
+        for token in token_ids:
+            self.num_seen += 1
+            if self.num_seen == self.num_banned:
+                for banned in self.banned:
+                    row = row_of[banned]
+                    rows[max(row, -1 - row) + 1] = self.biases.get(banned, 0)
+            is_output = self.num_seen > self.num_prompt
+            if self.repetition == 1 and not (is_output and (self.presence or self.frequency)):
+                continue
+            row = row_of.get(token)
+            if row is None:
+                row = row_of[token] = len(rows)
+                rows.extend((token, 0, 1, 0))
+            if row < 0:
+                rows[-1 - row + 3] += self.frequency
+                continue
             rows[row + 2] = self.repetition
             if is_output:
-                rows[row + 3] += self.frequency + self.presence * (token not in self.in_output)
-                self.in_output.add(token)
-
-    def _row(self, token) -> int:
-        row = self.row_of.get(token)
-        if row is None:
-            row = self.row_of[token] = len(self.rows)
-            self.rows.extend((token, 0, 1, 0))
-        return row
+                row_of[token] = -1 - row
+                rows[row + 3] = self.presence + self.frequency
 
     def copy(self) -> Edits:
         """For another request that continues the same tokens."""
         other = copy.copy(self)
-        other.row_of, other.in_output = self.row_of.copy(), self.in_output.copy()
-        other.rows = self.rows[:]
+        other.row_of, other.rows = self.row_of.copy(), self.rows[:]
         return other
 
 
@@ -1816,7 +1813,7 @@ class LLM:
         parts = [request.edits.after(request.tokens, request.drafts[:num_drafts]) if request.edits else b""
                  for request, _, num_drafts in samplers]
         edits = bytearray().join(parts)
-        users = [i for i, (request, *_) in enumerate(samplers) if request.params.logits_processor]
+        users = [i for i, (request, _, _) in enumerate(samplers) if request.params.logits_processor]
         if edits:
             starts = array.array("q", [0, *accumulate(len(part) // 4 for part in parts)])
             starts, edits = torch.frombuffer(starts, dtype=torch.int64), torch.frombuffer(edits, dtype=torch.float64)
