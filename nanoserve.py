@@ -1566,8 +1566,11 @@ class LLM:
             if self.tokenizer is None:
                 raise ValueError("prompt: this model has no tokenizer, so prompts must be lists of token ids")
             return self.tokenizer.encode(prompt)
-        if not isinstance(prompt, (list, tuple)) or not all(type(token) is int for token in prompt):
+        if not isinstance(prompt, (list, tuple)):
             raise ValueError(f"prompt: must be a text or a list of token ids, got {type(prompt).__name__}")
+        for token in prompt:
+            if type(token) is not int:
+                raise ValueError(f"prompt: token ids must be int, got {token!r}, which is {type(token).__name__}")
         return list(prompt)
 
     def abort(self, request: Request) -> None:

@@ -625,8 +625,10 @@ def test_abort_at_any_moment(moment):
 
 
 REFUSED = [([], {}, "prompt.*empty"), ([1, 64], {}, "prompt.*64.*63"), ([-1], {}, "prompt.*-1"),
-           ([True, 1], {}, "prompt"), (["1"], {}, "prompt"), ([1.0], {}, "prompt"), (7, {}, "prompt.*int"),
-           (None, {}, "prompt"), ("text", {}, "prompt.*tokenizer"), ([1] * 129, {}, "prompt: 129.*max_model_len=128"),
+           ([1, True], {}, "prompt: .* int, got True, which is bool"), (["1"], {}, "prompt: .* got '1', which is str"),
+           ([1.0], {}, "prompt: .* 1.0, which is float"), (7, {}, "prompt: .* list of token ids, got int"),
+           (None, {}, "prompt: .* got NoneType"), ("text", {}, "prompt.*tokenizer"),
+           ([1] * 129, {}, "prompt: 129.*max_model_len=128"),
            ([1] * 100, {"max_tokens": 29}, "prompt: 100.*max_tokens=29.*129.*max_model_len=128"),
            ([1] * 70, {"max_tokens": 12}, "prompt: 70.*max_tokens=12.*21 KV blocks.*20"),
            ([1], {"n": 17}, "n.*17.*max_batch_requests=16"),
