@@ -15,13 +15,12 @@
 //   * a missing __syncthreads(): the order of lanes and of warps can be reversed, which must not change any result
 // And vector loads and stores are counted, in bytes, for each tensor.
 #pragma once
-#include <algorithm>
+#include <cstdarg>
 #include <cmath>
 #include <csetjmp>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <string>
 #include <type_traits>
 #include <ucontext.h>
 #include <utility>
@@ -67,16 +66,21 @@ static Thread* current;
 static jmp_buf scheduler;
 static ucontext_t main_context;
 static dim3 block_index, block_dim, grid_dim;
-static std::string error;
+static char error[256];
 struct Tensor { const char *begin, *end; int64_t read, written; };  // the last two: bytes, by vector loads and stores
 static Tensor* tensors;  // that were passed to the kernel
 static size_t num_tensors;
 static void (*body)(void**);
 static void** arguments;
 
-[[noreturn]] static void fail(const std::string& message) {
-    error = "block (" + std::to_string(block_index.x) + ", " + std::to_string(block_index.y) + ", "
-          + std::to_string(block_index.z) + "), thread " + std::to_string(current->index.x) + ": " + message;
+// Ends the launch: what the running thread did that it must not, as printf would say it.
+[[noreturn]] __attribute__((format(printf, 1, 2))) static void fail(const char* format, ...) {
+    int n = snprintf(error, sizeof error, "block (%u, %u, %u), thread %u: ", block_index.x, block_index.y, block_index.z,
+                     current->index.x);
+    va_list values;
+    va_start(values, format);
+    vsnprintf(error + n, sizeof error - n, format, values);
+    va_end(values);
     _longjmp(scheduler, 2);
 }
 
@@ -127,8 +131,8 @@ static bool run_block(bool reverse) {
             for (int i = 0; i < WARP; i++) {
                 Thread& t = threads[w + i];
                 if (at_warp < WARP || strcmp(t.where, threads[w].where)) {
-                    error = "warp " + std::to_string(w / WARP) + ": not all lanes meet; lane 0 is at " + threads[w].where
-                          + ", lane " + std::to_string(i) + " at " + t.where;
+                    snprintf(error, sizeof error, "warp %d: not all lanes meet; lane 0 is at %s, lane %d at %s", w / WARP,
+                             threads[w].where, i, t.where);
                     if (t.state != AT_WARP || strcmp(t.where, threads[w].where)) return false;
                 }
             }
@@ -138,8 +142,8 @@ static bool run_block(bool reverse) {
         }
         for (Thread& t : threads) {  // each is now at a barrier, or done
             if (t.state != threads[0].state || strcmp(t.where, threads[0].where)) {
-                error = "not all threads meet at a barrier; thread 0 is at " + std::string(threads[0].where) + ", thread "
-                      + std::to_string(t.index.x) + " at " + t.where;
+                snprintf(error, sizeof error, "not all threads meet at a barrier; thread 0 is at %s, thread %u at %s",
+                         threads[0].where, t.index.x, t.where);
                 return false;
             }
         }
@@ -159,7 +163,6 @@ static const char* launch(void (*kernel)(void**), dim3 grid, dim3 block, void** 
     arguments = args;
     grid_dim = grid;
     block_dim = block;
-    error.clear();
     if (block.y != 1 || block.z != 1 || block.x == 0 || block.x % WARP || block.x > 1024
         || !grid.x || !grid.y || !grid.z || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535)
         return "this launch is not one that cuda_on_cpu.h (or CUDA) can do";
@@ -181,7 +184,7 @@ static const char* launch(void (*kernel)(void**), dim3 grid, dim3 block, void** 
                     t.started = false;
                     t.stack.resize(STACK);
                 }
-                if (!run_block(reverse)) return error.c_str();
+                if (!run_block(reverse)) return error;
             }
     return nullptr;
 }
@@ -195,7 +198,7 @@ struct Meeting {
 };
 template <class V>
 static Meeting<V> meet(const char* name, const V& mine, unsigned mask = ~0u) {
-    if (mask != ~0u) fail(std::string(name) + ": only masks of all lanes are possible here");
+    if (mask != ~0u) fail("%s: only masks of all lanes are possible here", name);
     static_assert(sizeof(V) <= SLOT, "a lane brings at most SLOT bytes");
     Thread* t = current;
     unsigned parity = t->turn++ % 2;
@@ -208,10 +211,10 @@ static int lane_id() { return current->index.x % WARP; }
 
 template <class V>
 static Tensor& accessed(const V* p) {
-    auto inside = [&](const Tensor& t) { return (const char*)p >= t.begin && (const char*)(p + 1) <= t.end; };
-    Tensor* t = std::find_if(tensors, tensors + num_tensors, inside);
+    Tensor* t = tensors;
+    while (t < tensors + num_tensors && ((const char*)p < t->begin || (const char*)(p + 1) > t->end)) t++;
     if (t == tensors + num_tensors) fail("a vector access outside of the tensors");
-    if (uintptr_t(p) % alignof(V)) fail("a vector access is not aligned to " + std::to_string(alignof(V)) + " bytes");
+    if (uintptr_t(p) % alignof(V)) fail("a vector access is not aligned to %zu bytes", alignof(V));
     return *t;
 }
 template <class V> static void check_access(const V* p) { accessed(p).read += sizeof(V); }
@@ -219,7 +222,7 @@ template <class V> static void check_shared(const V* p) {
 #ifdef __ELF__
     if ((const char*)p < __start_cuda_shared || (const char*)(p + 1) > __stop_cuda_shared) fail("outside of shared memory");
 #endif
-    if (uintptr_t(p) % alignof(V)) fail("a place in shared memory is not aligned to " + std::to_string(alignof(V)) + " bytes");
+    if (uintptr_t(p) % alignof(V)) fail("a place in shared memory is not aligned to %zu bytes", alignof(V));
 }
 template <class V> static void check_access(V* p) { accessed(p).written += sizeof(V); }  // who may write, is about to
 
