@@ -5,7 +5,7 @@ Attention over scattered blocks, norms, rotary positions, sampling and products 
 compiled bodies, which get the tensors' addresses; the tests compare all bodies with each other.
   * On a CPU with a C++ compiler: C++, in `CPU_SOURCE`, built once in some five seconds. `use_cpp = False` turns it off.
   * On a GPU from sm_80 on: CUDA C++, in `CUDA`, compiled by torch's NVRTC at first use. Without a GPU the same sources run
-    on the CPU, slowly: see tutorial/cuda_on_cpu.py.
+    on the CPU, slowly: see tutorial/cuda_on_cpu.py. `use_cuda = False` turns them off, as does one that does not compile.
 
 Shapes, everywhere the same:
     T tokens of the flat, ragged batch      B requests in it          S rows that are sampled      V vocabulary
@@ -42,8 +42,55 @@ import torch
 import torch.nn.functional as F
 
 use_cpp = True  # False: no C++ bodies on the CPU
+use_cuda = True  # False: no CUDA bodies
 use_tiles = True  # False: on a GPU, long prompts too go through the attention kernel for few queries
 cuda_on_cpu = None  # tutorial/cuda_on_cpu.py sets this, and the CUDA bodies then run on the CPU's tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which body runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compiled(*tensors: torch.Tensor | None, cache: torch.Tensor | None = None
+             ) -> tuple[CppLibrary | None, CudaKernels | None]:
+    """The compiled bodies for an operation on these tensors, (C++, CUDA): one of the two, or neither.
+
+    They take tensors of one dtype: float32 or bfloat16 on the CPU, these or float16 on a GPU. A KV cache may also be int8,
+    and on the CPU bfloat16.
+    """
+    dtype, device = tensors[0].dtype, tensors[0].device
+    fits = cache is None or cache.dtype in (dtype, torch.int8)
+    if all(t is None or t.dtype == dtype for t in tensors):
+        if use_cuda and cuda_on_cpu and fits and dtype in _CUDA_ELEMENTS:
+            return None, cuda_on_cpu(dtype)
+        if device.type == "cpu" and use_cpp and dtype in _CPP_ELEMENTS and (fits or cache.dtype == torch.bfloat16):
+            return cpp_library(dtype), None
+        if use_cuda and device.type == "cuda" and fits and dtype in _CUDA_ELEMENTS:
+            return None, cuda_kernels(device, dtype)
+    return None, None
+
+
+class CompileError(RuntimeError):
+    """A CUDA kernel could not be compiled, for the reason that it gives."""
+
+
+def or_definition(operation):
+    """For an operation with CUDA bodies: if one of them cannot be compiled, PyTorch runs from then on, in all operations."""
+    @functools.wraps(operation)
+    def run(*args, **kwargs):
+        try:
+            return operation(*args, **kwargs)
+        except CompileError as error:
+            _give_up_cuda(error)
+            return operation(*args, **kwargs)
+    return run
+
+
+def _give_up_cuda(error: Exception) -> None:
+    global use_cuda
+    use_cuda = False
+    warnings.warn(f"the CUDA kernels could not be compiled, PyTorch runs instead (slower): {error}", stacklevel=3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,6 +244,7 @@ def pack_weight(weight: torch.Tensor | LowBitWeight, dtype: torch.dtype | None =
     return weight
 
 
+@or_definition
 def linear(x: torch.Tensor, weight: torch.Tensor | PanelWeight | LowBitWeight, bias: torch.Tensor | None = None,
            gelu: bool = False) -> torch.Tensor:
     """x [T, in] times weight [out, in], transposed, plus bias [out]; then GELU (tanh form) if asked. Returns [T, out]."""
@@ -269,6 +317,7 @@ def can_group(weight: torch.Tensor | PanelWeight | LowBitWeight) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@or_definition
 def add_norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None,
              eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Add a layer's output to the residual stream and normalise it: (norm(x + delta), x + delta), each [T, H].
@@ -301,6 +350,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
+@or_definition
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """SwiGLU's middle (arXiv:2002.05202): gate_up [T, 2I] holds the gates, then the values; silu(gate) * up, [T, I]."""
     cpp, cuda = compiled(gate_up)
@@ -383,6 +433,7 @@ def apply_rope(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+@or_definition
 def rope_and_write_kv(qkv: torch.Tensor, num_heads: int, positions: torch.Tensor, slots: torch.Tensor,
                       table: torch.Tensor | None, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float,
                       k_cache: torch.Tensor, v_cache: torch.Tensor,
@@ -434,6 +485,7 @@ def quantize_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _to_codes(x, 127)
 
 
+@or_definition
 def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
                     context_lens: torch.Tensor, query_start: torch.Tensor, scale: float, window: int = 0,
                     scales: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
@@ -605,6 +657,7 @@ def token_probabilities(logits: torch.Tensor, temperature: torch.Tensor, top_k: 
     return logits.softmax(-1)
 
 
+@or_definition
 def sample(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor,
            min_p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Draw one token per row of logits [S, V]; temperature 0 is argmax, row by row. Returns [S] int64.
@@ -652,27 +705,8 @@ def uniform_noise(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which body runs
+# Files in the user's cache folder
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def compiled(*tensors: torch.Tensor | None, cache: torch.Tensor | None = None
-             ) -> tuple[CppLibrary | None, CudaKernels | None]:
-    """The compiled bodies for an operation on these tensors, (C++, CUDA): one of the two, or neither.
-
-    They take tensors of one dtype: float32 or bfloat16 on the CPU, these or float16 on a GPU. A KV cache may also be int8,
-    and on the CPU bfloat16.
-    """
-    dtype, device = tensors[0].dtype, tensors[0].device
-    fits = cache is None or cache.dtype in (dtype, torch.int8)
-    if all(t is None or t.dtype == dtype for t in tensors):
-        if cuda_on_cpu and fits and dtype in _CUDA_ELEMENTS:
-            return None, cuda_on_cpu(dtype)
-        if device.type == "cpu" and use_cpp and dtype in _CPP_ELEMENTS and (fits or cache.dtype == torch.bfloat16):
-            return cpp_library(dtype), None
-        if device.type == "cuda" and fits and dtype in _CUDA_ELEMENTS:
-            return None, cuda_kernels(device, dtype)
-    return None, None
 
 
 def cache_file(name: str, suffix: str, *depends: str) -> Path:
@@ -1497,8 +1531,11 @@ class CudaKernels:
             _check(self.driver.cuCtxPopCurrent())
 
     def _load(self, name, constants):
-        code = nvrtc_compile(cuda_source(name, self.element, **constants), self.arch)
-        module = _check(self.driver.cuModuleLoadData(code))
+        try:
+            code = nvrtc_compile(cuda_source(name, self.element, **constants), self.arch)
+            module = _check(self.driver.cuModuleLoadData(code))
+        except (ImportError, RuntimeError, OSError) as error:
+            raise CompileError(f"{name}: {error}") from error
         function = _check(self.driver.cuModuleGetFunction(module, name.encode()))
         if "SHARED" in constants:
             most = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -1508,18 +1545,13 @@ class CudaKernels:
 
 @functools.cache
 def cuda_kernels(device: torch.device, dtype: torch.dtype) -> CudaKernels | None:
-    """The CUDA bodies for a device and dtype; None, with one warning, where they cannot be compiled, and before sm_80."""
+    """The CUDA bodies for a device and dtype; None before sm_80 and, with a warning, where nothing can compile them."""
     if torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
-        kernels = CudaKernels(device, dtype)
-        # If one compiles and runs, all do: the tests compile every one.
-        x = torch.zeros(3, dtype=dtype, device=device)
-        kernels("silu_mul", (1, 1), 32, x, x[2:], 1, N=1)
-        return kernels
+        return CudaKernels(device, dtype)
     except (ImportError, RuntimeError, OSError) as error:
-        warnings.warn(f"the CUDA kernels could not be compiled, PyTorch runs instead (slower): {error}", stacklevel=2)
-        return None
+        return _give_up_cuda(error)
 
 
 def _check(result):

@@ -1018,6 +1018,8 @@ class DecodeGraphs:
             rows = Batch(b.tokens[:size], b.positions[:size], b.slots[:size], b.block_tables[:size], b.context_lens[:size],
                          b.query_start[: size + 1], b.rows[:size])
             model.forward(rows, cache)  # what is compiled or allocated at first use must not be captured
+            if not kernels.use_cuda:  # one could not be compiled, and what runs instead waits for the device
+                raise kernels.CompileError("decode graphs need all CUDA kernels")
             self.graphs[size] = self._capture(rows)
 
     def _capture(self, rows):
@@ -1405,6 +1407,8 @@ class LLM:
             return None
         try:
             return DecodeGraphs(model, cache, max_rows, self.pool.blocks_for(self.max_model_len))
+        except kernels.CompileError:
+            return None
         except torch.OutOfMemoryError:
             raise ValueError("kv_memory: leaves no memory to the decode graphs; lower it, or max_batch_requests, or have no "
                              "graphs") from None

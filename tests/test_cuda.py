@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tutorial"))
 import cuda_on_cpu  # noqa: E402
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+compile_with_nvrtc = kernels.nvrtc_compile
 needs_compiler = pytest.mark.skipif(not cuda_on_cpu.compiler(), reason="no C++ compiler here")
 
 
@@ -677,6 +678,75 @@ def test_shared_memory_beyond_48_kilobytes_is_asked_for(gpu):
     launch = (b"tiled_attention", "context of 1")
     load = ("load", "context of 1")
     assert gpu.calls == [load, ("shared", 69632), launch, launch, load, ("shared", 36864), launch]
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Kernels of which `paged_attention` cannot be compiled; and what was asked of them."""
+    asked = []
+
+    def launch(name, *_, **constants):
+        asked.append(name)
+        if name == "paged_attention":
+            raise kernels.CompileError("no_such_function is undefined")
+        return real(name, *_, **constants)
+
+    real = cuda_on_cpu.CudaOnCpu(F32)
+    launch.num_sms = 1
+    monkeypatch.setattr(kernels, "use_cuda", True)
+    monkeypatch.setattr(kernels, "use_cpp", False)
+    monkeypatch.setattr(kernels, "cuda_on_cpu", lambda dtype: launch)
+    return asked
+
+
+@needs_compiler
+def test_when_one_kernel_does_not_compile_pytorch_runs_from_then_on(failing):
+    """In the middle of a step, for every operation, with one warning, and with the same tokens."""
+    config = ModelConfig.from_dict(dict(SHAPES["qwen3-small"], num_hidden_layers=2))
+    llm = LLM(GPT(config, F32, "cpu").randomize(0), kv_memory=1 << 24)
+    with pytest.warns(UserWarning, match="PyTorch runs instead.*no_such_function is undefined") as caught:
+        output = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=4))[0]
+    assert len(caught) == 1 and not kernels.use_cuda
+    assert failing[-1] == "paged_attention" and failing.count("paged_attention") == 1
+    assert output == llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=4))[0]
+    assert failing[-1] == "paged_attention" and kernels.compiled(torch.zeros(1)) == (None, None)
+
+
+@needs_compiler
+def test_no_graphs_where_a_kernel_does_not_compile(failing):
+    model = GPT(ModelConfig.from_dict(dict(SHAPES["qwen3-small"], num_hidden_layers=1)), F32, "cpu").randomize(0)
+    c = model.config
+    cache = KVCache(c.num_layers, 4, 16, c.num_kv_heads, c.head_dim, F32, "cpu")
+    with pytest.warns(UserWarning), pytest.raises(kernels.CompileError, match="decode graphs need"):
+        DecodeGraphs(model, cache, 2, 2)
+
+
+def test_what_kernels_cannot_be_compiled_for(monkeypatch):
+    """A GPU before sm_80 is none of theirs, silently; an installation without CUDA's bindings is worth a warning."""
+    monkeypatch.setattr(kernels, "use_cuda", True)
+    kernels.cuda_kernels.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert kernels.cuda_kernels(torch.device("cuda:5"), F32) is None and kernels.use_cuda
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.warns(UserWarning, match="could not be compiled, PyTorch runs instead.*cuda.bindings") as caught:
+        assert kernels.cuda_kernels(torch.device("cuda:6"), F32) is None
+    assert len(caught) == 1 and not kernels.use_cuda
+    kernels.cuda_kernels.cache_clear()
+
+
+def test_a_kernel_that_nvrtc_refuses(gpu, monkeypatch, tmp_path):
+    """Its log names the line."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="no NVRTC here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(kernels.CUDA, "silu_mul", kernels.CUDA["silu_mul"].replace("expf", "no_such_function"))
+    monkeypatch.setattr(kernels, "use_cuda", True)
+    monkeypatch.setattr(kernels, "nvrtc_compile", compile_with_nvrtc)
+    x, made = torch.ones(3, 8), kernels.compiled()[1]
+    monkeypatch.setattr(kernels, "compiled", lambda *tensors, cache=None: (None, made if kernels.use_cuda else None))
+    with pytest.warns(UserWarning, match="(?s)silu_mul: .*no_such_function.*undefined"):
+        out = kernels.silu_mul(x)
+    torch.testing.assert_close(out, torch.nn.functional.silu(x[:, :4]))
 
 
 @needs_compiler
