@@ -269,6 +269,7 @@ class Batch:
     rows: torch.Tensor  # [S] int64, the rows of the batch whose logits are wanted
     wants_all: bool = False  # `rows` are all T, in order
     repeated_keys: int = 0  # how many more are read where each token reads its own, and not a request's tokens together
+    settings: torch.Tensor | None = None  # [5, those of the rows that are sampled]: what `kernels.sample` takes of each
 
 
 @dataclass
@@ -1147,13 +1148,13 @@ class DraftModel:
         while spans:
             stops = accumulate(end - start for _, start, end in spans)  # the row after each span
             rows = [(stop - 1, request) for stop, (request, *_) in zip(stops, spans) if room[request] > len(request.drafts)]
-            batch = llm.lay_out(spans, [row for row, _ in rows])
+            samplers = [(request, request.sample_index, len(request.drafts)) for _, request in rows]
+            batch = llm.lay_out(spans, [row for row, _ in rows], samplers)
             replay = self.graphs is not None and self.graphs.can_replay(batch)
             logits = self.graphs.forward(batch) if replay else self.model.forward(batch, self.cache)
             self.num_passes += 1
-            samplers = [(request, request.sample_index, len(request.drafts)) for _, request in rows]
             spans = []
-            for (request, *_), token in zip(samplers, llm.draw(samplers, llm.edit(samplers, logits)).tolist()):
+            for (request, *_), token in zip(samplers, llm.draw(batch, llm.edit(samplers, logits)).tolist()):
                 if token >= 0:  # else its logits make no sense, and the request goes on without more drafts
                     request.drafts.append(token)
                     end = len(request.tokens) + len(request.drafts)
@@ -1265,6 +1266,7 @@ class LLM:
         # Some checkpoints name end tokens that lie outside their vocabulary.
         self.eos_ids = frozenset(token for token in config.eos_ids if 0 <= token < config.vocab_size)
         self.device, is_cuda = self.model.device, self.model.device.type == "cuda"
+        self._real = torch.float32 if self.device.type == "mps" else torch.float64  # the widest that the device has
         if self.device.type == "cpu":
             keep_freed_memory()
         max_batch_requests = max_batch_requests or min(256, max_batch_tokens or 256)
@@ -1642,7 +1644,7 @@ class LLM:
             request.prompt_logprobs[position + 1] = top_logprobs(row.float().log_softmax(-1), following, k)
         # Until here no token was appended and nothing counts as computed: a step that failed above can be repeated.
         if overlaps:
-            in_flight = InFlight([request for request, *_ in samplers], self.draw(samplers, logits))
+            in_flight = InFlight([request for request, *_ in samplers], self.draw(batch, logits))
             watch.lap("launch")
             changed = self._read_tokens()
             self._in_flight = in_flight
@@ -1650,7 +1652,7 @@ class LLM:
                 if request.status != FINISHED:
                     self.scheduler.advance(request, n, is_read=False)
         else:
-            tokens, logprobs = self.sample(samplers, logits[: len(samplers)])
+            tokens, logprobs = self.sample(batch, samplers, logits[: len(samplers)])
             watch.lap("wait")
             changed = self.commit(plan, tokens, logprobs)
         watch.lap("commit")
@@ -1733,11 +1735,14 @@ class LLM:
             if not request.reuse_prefix and request.num_output == 0:
                 prompted += [(row + p, (request, p)) for p in range(start, min(end, request.num_prompt - 1))]
             row += end
-        batch = self.lay_out(spans, [row for row, _ in sampled + prompted])
-        return batch, [whose for _, whose in sampled], [whose for _, whose in prompted]
+        samplers = [whose for _, whose in sampled]
+        batch = self.lay_out(spans, [row for row, _ in sampled + prompted], samplers)
+        return batch, samplers, [whose for _, whose in prompted]
 
-    def lay_out(self, spans: list[Span], rows: list[int]) -> Batch:
-        """The batch that computes these spans, with logits for `rows` of it. First moves the blocks that are due to move."""
+    def lay_out(self, spans: list[Span], rows: list[int], samplers: list[Sampler]) -> Batch:
+        """The batch that computes these spans, with logits for `rows` of it, of which the first are to be sampled. All that
+        the device needs to know goes there in one copy. Before that, moves the blocks that are due to move.
+        """
         moves = self.pool.take_moves()
         for cache in self.caches:
             cache.move(*moves)
@@ -1761,24 +1766,35 @@ class LLM:
         size = self.pool.block_size
         slots = tables[owner, positions // size].astype(np.int64) * size + positions % size
 
-        parts = [tokens, positions, slots, rows, ends, query_start, tables.ravel()]
+        settings = self._settings(samplers)  # first, so that they lie at a multiple of their size
+        parts = [settings.ravel().view(torch.int32), tokens, positions, slots, rows, ends, query_start, tables.ravel()]
         packed = torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int32) for part in parts]))
         packed = self._send(packed).split([len(part) for part in parts])
-        long = [part.long() for part in packed[:4]]
+        long = [part.long() for part in packed[1:5]]
         if min(tokens) < 0:
             long[0] = self._in_flight.fill(long[0])
-        return Batch(*long[:3], packed[6].view(tables.shape), *packed[4:6], long[3],
-                     wants_all=rows == list(range(len(tokens))), repeated_keys=int((counts - 1) @ (2 * ends - counts)) // 2)
+        return Batch(*long[:3], packed[7].view(tables.shape), *packed[5:7], long[3],
+                     wants_all=rows == list(range(len(tokens))), repeated_keys=int((counts - 1) @ (2 * ends - counts)) // 2,
+                     settings=packed[0].view(self._real).view(settings.shape))
+
+    def _settings(self, samplers: list[Sampler]) -> torch.Tensor:
+        """Temperature, top_k, top_p, min_p and noise of each, [5, S], still on the host."""
+        params = [request.params for request, _, _ in samplers]
+        noise = kernels.uniform_noise(
+            np.array([request.seed for request, _, _ in samplers], dtype=np.uint64),
+            np.array([request.num_output + request.num_pending + j + (i << 32) for request, i, j in samplers]))
+        columns = np.array([[p.temperature for p in params], [p.top_k for p in params], [p.top_p for p in params],
+                            [p.min_p for p in params], noise])
+        return torch.from_numpy(columns).to(self._real)
 
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the device; copied from pinned memory, so that the host does not wait for it."""
         if self.device.type == "cpu":
             return tensor
-        if self.device.type == "mps" and tensor.dtype == torch.float64:  # which it has not
-            tensor = tensor.float()
+        tensor = tensor.to(self._real) if tensor.is_floating_point() else tensor
         return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
 
-    def sample(self, samplers: list[Sampler], logits: torch.Tensor) -> tuple[list[int], list[dict | None]]:
+    def sample(self, batch: Batch, samplers: list[Sampler], logits: torch.Tensor) -> tuple[list[int], list[dict | None]]:
         """For row i of logits [S, V], which belongs to samplers[i]: the next token, and the log-probabilities asked for. In
         a beam search these are the hypothesis's options, after all edits, and the token means nothing.
         """
@@ -1786,7 +1802,7 @@ class LLM:
         asked = [i for i, (request, _, _) in enumerate(samplers) if request.params.logprobs is not None]
         raw = logits[asked].float().log_softmax(-1) if asked else ()
         logits = self.edit(samplers, logits)
-        tokens = self.draw(samplers, logits).tolist()
+        tokens = self.draw(batch, logits).tolist()
         for i, row in zip(asked, raw):
             logprobs[i] = top_logprobs(row, tokens[i], samplers[i][0].params.logprobs)
         for i, (request, _, _) in enumerate(samplers):
@@ -1798,33 +1814,26 @@ class LLM:
                 logprobs[i] = {}  # every token is banned: nothing can follow this hypothesis
         return tokens, logprobs
 
-    def draw(self, samplers: list[Sampler], logits: torch.Tensor) -> torch.Tensor:
+    def draw(self, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
         """Tokens [S] int64, one for each row of edited logits [S, V]; -1 where they make no sense (NaN, or nothing left to
         choose). With the compiled kernels the host does not wait for the device.
 
-        Row i belongs to samplers[i]. Whether its drafts are true or not, the token is what would be sampled if they were.
+        Whether the drafts before a row are true or not, its token is what would be sampled if they were.
         """
-        if not samplers:
+        if not batch.settings.shape[1]:
             return torch.empty(0, dtype=torch.int64, device=logits.device)
-        params = [request.params for request, _, _ in samplers]
-        noise = kernels.uniform_noise(
-            np.array([request.seed for request, _, _ in samplers], dtype=np.uint64),
-            np.array([request.num_output + request.num_pending + j + (i << 32) for request, i, j in samplers]))
-        columns = torch.from_numpy(np.array([[p.temperature for p in params], [p.top_k for p in params],
-                                             [p.top_p for p in params], [p.min_p for p in params], noise]))
-        temperature, top_k, top_p, min_p, noise = self._send(columns)
+        temperature, top_k, top_p, min_p, noise = batch.settings
         return kernels.sample(logits, temperature.float(), top_k.long(), top_p.float(), min_p.float(), noise)
 
     def edit(self, samplers: list[Sampler], logits: torch.Tensor) -> torch.Tensor:
         """Logits [S, V] after all logits processors: the built-in ones in one operation, then users' own row by row."""
         parts = [request.edits.after(request.tokens, request.drafts[:num_drafts]) if request.edits else b""
                  for request, _, num_drafts in samplers]
-        edits = bytearray().join(parts)
         users = [i for i, (request, _, _) in enumerate(samplers) if request.params.logits_processor]
-        if edits:
-            starts = array.array("q", [0, *accumulate(len(part) // 4 for part in parts)])
-            starts, edits = torch.frombuffer(starts, dtype=torch.int64), torch.frombuffer(edits, dtype=torch.float64)
-            logits = kernels.edit_logits(logits, self._send(starts), self._send(edits).view(-1, 4))
+        if any(parts):
+            starts = array.array("d", [0, *accumulate(len(part) // 4 for part in parts)])
+            packed = self._send(torch.frombuffer(bytearray().join([starts, *parts]), dtype=torch.float64))
+            logits = kernels.edit_logits(logits, packed[: len(starts)].long(), packed[len(starts) :].view(-1, 4))
         elif users:  # they may write into what they are given
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         for i in users:
