@@ -24,6 +24,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import inspect
 import math
 import os
 import platform
@@ -43,6 +44,7 @@ import torch.nn.functional as F
 
 use_cpp = True  # False: no C++ bodies on the CPU
 use_cuda = True  # False: no CUDA bodies
+use_flash = True  # False: on a GPU, steps of prompts go through this file's kernels instead of torch's FlashAttention
 use_tiles = True  # False: on a GPU, long prompts too go through the attention kernel for few queries
 cuda_on_cpu = None  # tutorial/cuda_on_cpu.py sets this, and the CUDA bodies then run on the CPU's tensors
 
@@ -509,6 +511,10 @@ def paged_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
             cpp("paged_attention", q, *caches, *tables, out, len(context_lens), block_tables.shape[1], block_size,
                 num_heads, kv_heads, head_dim, q.stride(0), window, 8 * k_cache.itemsize, scale)
             return out
+        shapes = T, *block_tables.shape, block_size, head_dim, q.itemsize
+        if q.is_cuda and use_flash and scales is None and is_for_flash(*shapes):
+            with _without_flash_if_it_fails():
+                return _flash_attention(q, k_cache, v_cache, *tables, scale, window)
         if has_cuda_attention(head_dim):
             return _paged_attention_cuda(cuda, q, *caches, *tables, scale, window)
     out, wide = torch.empty_like(q), torch.promote_types(q.dtype, torch.float32)
@@ -569,6 +575,45 @@ def _paged_attention_cuda(cuda, q, k_cache, v_cache, k_scales, v_scales, block_t
         cuda("combine_splits", (sum_tokens * heads,), 32 * min(16, splits), sums, stats, query_start, out, B, max_queries,
              heads, splits, **constants)
     return out
+
+
+def is_for_flash(T: int, B: int, M: int, block_size: int, head_dim: int, itemsize: int) -> bool:
+    """Whether torch's FlashAttention shall take a batch of these shapes: many queries for a request, and not many more
+    keys than queries, as all keys that the block tables have room for are gathered.
+    """
+    return itemsize == 2 and head_dim <= 256 and T >= 64 * B and B * M * block_size <= 4 * T
+
+
+def _flash_attention(q, k_cache, v_cache, block_tables, context_lens, query_start, scale, window):
+    """It wants each request's keys right behind those of the one before, so they are gathered; how many there are only the
+    device knows, so beyond the last one whatever lies there comes along, and is not looked at.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    (B, M), block_size = block_tables.shape, k_cache.shape[1]
+    key_start = F.pad(context_lens.cumsum(0, dtype=torch.int32), (1, 0))
+    i = torch.arange(B * M * block_size, dtype=torch.int32, device=q.device)
+    request = torch.searchsorted(key_start[1:], i, right=True).clamp(max=B - 1)
+    position = (i - key_start[request]).clamp(max=M * block_size - 1)
+    slots = block_tables[request, position // block_size].long() * block_size + position % block_size
+    k, v = (cache.flatten(0, 1)[slots] for cache in (k_cache, v_cache))
+    # Torch 2.11 takes groups of query heads as they are, later versions want to be told.
+    groups = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return varlen_attn(q, k, v, query_start, key_start, len(q) - B + 1, M * block_size, scale=scale,
+                       window_size=(window - 1, 0), **groups)
+
+
+@contextlib.contextmanager
+def _without_flash_if_it_fails():
+    """As where torch was built without it, or it is not made for this GPU: from then on this file's kernels run."""
+    global use_flash
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, TypeError, RuntimeError) as error:
+        use_flash = False
+        warnings.warn(f"torch's FlashAttention does not run here, a kernel of nanoserve's does: {error}", stacklevel=3)
 
 
 def blocks_at_once(D: int, R: int, itemsize: int, int8: int) -> int:

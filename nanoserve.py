@@ -1445,10 +1445,13 @@ class LLM:
         c, gib = self.model.config, sum(cache.nbytes for cache in self.caches) / 2**30
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         cpp, cuda = kernels.compiled(self.model.embed)
+        body = "C++" if cpp else "CUDA C++" if cuda else "PyTorch"
+        attention = "PyTorch" if cuda and not kernels.has_cuda_attention(c.head_dim) else body
         threads = f"{torch.get_num_threads()} threads, " if self.device.type == "cpu" else ""
         graphs = ", decode graphs" if self.graphs else ""
         drafts = f", drafts from {self.drafter.source}" if self.drafter else ""
-        device += f" ({threads}{'C++' if cpp else 'CUDA C++' if cuda else 'PyTorch'} kernels{graphs})"
+        overlap = ", overlapping steps" if self.overlap else ""
+        device += f" ({threads}{body} kernels, {attention} attention{graphs}{overlap})"
         quantized = f"{self.model.quantize} weights, " if self.model.quantize else ""
         dtype = quantized + str(self.model.dtype).removeprefix("torch.")
         host = f" and {self.pool.num_host_slots:,} on the host" if self.pool.num_host_slots else ""

@@ -882,8 +882,10 @@ def test_waiting_requests_cost_generate_nothing():
 
 def test_the_engine_says_what_runs_where():
     line = engine().describe()
-    for part in ("llama", "float64", "cpu", "PyTorch kernels", "200 KV blocks of 4", "16 requests", "64 tokens"):
+    for part in ("llama", "float64", "cpu", "PyTorch kernels, PyTorch attention)", "200 KV blocks of 4",
+                 "16 requests", "64 tokens"):
         assert part in line
+    assert "PyTorch attention, overlapping steps)" in engine(overlap=True).describe()
     assert nanoserve.DEFAULT_MODEL.name == "model"
 
 

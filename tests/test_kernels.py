@@ -219,14 +219,84 @@ tiled_bodies = pytest.mark.parametrize("body", TILED, ids=lambda b: f"{b[0]}-{st
 @pytest.mark.parametrize("D, heads, kv_heads, block_size, window", [
     (64, 8, 2, 16, 0), (64, 3, 1, 1, 90), (80, 7, 1, 4, 0), (96, 4, 1, 32, 5), (128, 4, 1, 16, 0), (128, 2, 2, 16, 150),
     (256, 5, 1, 16, 0), (112, 40, 2, 16, 70)])
-def test_attention_of_long_queries(body, D, heads, kv_heads, block_size, window):
+def test_attention_of_long_queries(body, D, heads, kv_heads, block_size, window, monkeypatch):
     """Requests with few queries, with as many as a tile holds, one more, and many, with a context before them or not."""
+    monkeypatch.setattr(kernels, "use_flash", False)
     if body is F16 and D != 64:  # each is a kernel of its own to compile
         pytest.skip("fp16 with head sizes of 64 only")
     few = (128 if D <= 128 else 64) * kv_heads // heads
     news = [1, few + 1, few, few + 66, min(3, few), few + 40]
     lengths = [65, few + 1, few + 40, few + 266, 3, few + 102]  # the last one's 62: of 64 keys one is not visible
     close((batch := Ragged(D, body, lengths, news, heads, kv_heads, D, block_size, window)).run(), batch.expected())
+
+
+def varlen(q, k, v, query_start, key_start, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch's FlashAttention computes, which only runs on a GPU: causal, aligned at the end of keys and queries."""
+    out, (left, right) = torch.empty_like(q), window_size
+    assert right == 0 and enable_gqa
+    for (a, b), (c, d) in zip(*(zip(start.tolist(), start[1:].tolist()) for start in (query_start, key_start))):
+        assert b - a <= max_q and d - c <= max_k
+        distance = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)
+        seen = (distance >= 0) & ((distance <= left) | (left < 0))
+        out[a:b] = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d])), attn_mask=seen,
+                                                  scale=scale, enable_gqa=True).transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("window, block_size", [(0, 16), (1, 4), (30, 16)])
+def test_what_torchs_flash_attention_is_given(window, block_size, monkeypatch):
+    """Keys gathered from scattered blocks, more of them than queries where a part of the prompt was cached."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    batch = Ragged(1, F32, [70, 1, 64, 90], [70, 1, 20, 90], 4, 2, 64, block_size, window)
+    out = kernels._flash_attention(batch.q, batch.k, batch.v, batch.tables, batch.context_lens, batch.query_start,
+                                   batch.scale, window)
+    close(out, batch.expected())
+
+
+def test_torchs_flash_attention_takes_what_it_is_given():
+    """All the arguments that this version has; there just is none for a CPU."""
+    batch = Ragged(1, BF16, [70, 90], [70, 90], 4, 2, 64, 16, 5)
+    with pytest.raises(NotImplementedError, match="_flash_attention_forward.*CPU"):
+        kernels._flash_attention(batch.q, batch.k, batch.v, batch.tables, batch.context_lens, batch.query_start,
+                                 batch.scale, batch.window)
+
+
+def test_which_batches_torchs_flash_attention_takes():
+    """Prompts, whole or nearly so; no decoding beside them, no chunk of a far longer context, no float32."""
+    for shape, takes in (((8192, 2, 256, 16), True), ((8192, 2, 257, 16), True), ((2100, 53, 128, 16), False),
+                         ((8192, 1, 2048, 16), True), ((8192, 1, 2049, 16), False),
+                         ((64, 1, 4, 16), True), ((63, 1, 4, 16), False)):
+        assert kernels.is_for_flash(*shape, 128, 2) == takes and not kernels.is_for_flash(*shape, 128, 4)
+        assert not kernels.is_for_flash(*shape, 512, 2)
+
+
+def test_where_torchs_flash_attention_fails_another_kernel_runs(monkeypatch):
+    monkeypatch.setattr(kernels, "use_flash", True)
+    with pytest.raises(torch.OutOfMemoryError), kernels._without_flash_if_it_fails():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert kernels.use_flash
+    with pytest.warns(UserWarning, match="does not run here.*no kernel image"), kernels._without_flash_if_it_fails():
+        raise RuntimeError("no kernel image is available")
+    assert not kernels.use_flash
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("D, heads, kv_heads, window", [(64, 8, 2, 0), (128, 4, 1, 100), (256, 2, 2, 0)])
+def test_torchs_flash_attention_on_a_gpu(dtype, D, heads, kv_heads, window, monkeypatch):
+    """It is what runs, and gives what this project's own kernel gives."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    batch = Ragged(1, dtype, [300, 200, 170], [300, 200, 100], heads, kv_heads, D, 16, window)
+    expected = batch.expected()
+    for name in ("q", "k", "v", "tables", "context_lens", "query_start"):
+        setattr(batch, name, getattr(batch, name).cuda())
+    with monkeypatch.context() as context:
+        context.setattr(kernels, "_paged_attention_cuda", None)
+        context.setattr(kernels, "use_flash", True)
+        close(batch.run().cpu(), expected)
+    monkeypatch.setattr(kernels, "use_flash", False)
+    close(batch.run().cpu(), expected)
 
 
 @every_body
