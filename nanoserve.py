@@ -583,6 +583,8 @@ def find_model(model: str | os.PathLike | None, given_as: str = "model") -> Path
     """
     folder = Path(model) if model is not None else DEFAULT_MODEL
     if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{given_as}: {folder} has no config.json")
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or str(model).startswith("."):
         raise ValueError(f"{given_as}: there is no folder {folder}")
@@ -1251,6 +1253,11 @@ class LLM:
                             ("max_batch_requests", max_batch_requests), ("max_model_len", max_model_len)):
             if value is not None and not is_number(value, 1, kind=int):
                 raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
+        for name, value in (("prefix_caching", prefix_caching), ("graphs", graphs), ("overlap", overlap or False)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}: must be True or False, got {value!r}")
+        if type(seed) is not int:
+            raise ValueError(f"seed: must be an integer, got {seed!r}")
         if kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype: must be one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
         folder, config, longest = look_up(model)
@@ -1361,13 +1368,13 @@ class LLM:
         if num_blocks < 2:
             raise ValueError(f"kv_memory: {kv_memory:.0f} bytes are less than two blocks of {block_bytes} bytes; raise "
                              f"kv_memory or lower block_size")
-        if not is_number(swap_memory, 0) or 0 < swap_memory < block_bytes:
+        if not is_number(swap_memory, 0, 1 << 62) or 0 < swap_memory < block_bytes:
             raise ValueError(f"swap_memory: must be 0 or at least the {block_bytes} bytes of a block, got {swap_memory!r}")
         num_slots = int(swap_memory // block_bytes)
-        self.pool = BlockPool(num_blocks, block_size, prefix_caching, num_slots)
         try:
             self.caches = [KVCache(c.num_layers, num_blocks, block_size, c.num_kv_heads, c.head_dim, dtype, self.device,
                                    num_slots) for c, dtype in formats]
+            self.pool = BlockPool(num_blocks, block_size, prefix_caching, num_slots)
         except (RuntimeError, MemoryError):
             raise ValueError(f"kv_memory: there is no room for {num_blocks:,} blocks" + (
                 f", or swap_memory for {num_slots:,}; lower one" if num_slots else "; lower kv_memory")) from None
@@ -1590,7 +1597,7 @@ class LLM:
     def _finish(self, request, reason):
         if request.status != FINISHED:
             self.scheduler.finish(request, reason)
-            self.counts["aborted" if reason == "abort" else "finished"] += 1
+            self.counts["aborted" if reason == "abort" else "finished"] += request.width
 
     def has_work(self) -> bool:
         """Whether a step would do anything."""
@@ -1677,7 +1684,7 @@ class LLM:
 
     def _take_expired(self):
         expired = self.scheduler.take_expired()
-        self.counts["aborted"] += len(expired)
+        self.counts["aborted"] += sum(request.width for request in expired)
         return expired
 
     def drop_step(self, reason: str) -> list[Request]:
@@ -1846,6 +1853,7 @@ class LLM:
                 if not isinstance(row, torch.Tensor) or row.shape != logits[i].shape:
                     raise ValueError(f"returned {getattr(row, 'shape', row)!r} instead of logits {tuple(logits[i].shape)}")
                 logits[i] = row
+                request.failures.pop(len(request.tokens) + num_drafts, None)  # that was after another draft
             except Exception as error:  # the user's, and no concern of the others in the batch
                 request.failures[len(request.tokens) + num_drafts] = f"logits_processor: {error!r}"
                 logits[i] = math.nan

@@ -47,6 +47,7 @@ import heapq
 import time
 from collections.abc import Callable, Hashable
 from itertools import count
+from numbers import Real
 from sys import float_info
 
 from cache import BlockPool
@@ -203,10 +204,12 @@ class Shortest(Aging):
 
     def __init__(self, predictor: Callable[[Request], float] = lambda request: request.max_tokens, patience: float = 1):
         super().__init__(patience)
+        if not callable(predictor):
+            raise ValueError(f"predictor: must be a function of a request, got {predictor!r}")
         self.predictor = predictor
 
     def rank(self, request):
-        return request.num_prompt + self.predictor(request)
+        return request.num_prompt + _number("policy: what its predictor returns", self.predictor(request), 0)
 
 
 class MLFQ(Aging):
@@ -221,7 +224,7 @@ class MLFQ(Aging):
 
     def __init__(self, quantum: int = 64, levels: int = 8, patience: float = 100):
         super().__init__(patience)
-        self.quantum, self.levels = int(_number("quantum", quantum, 1)), int(_number("levels", levels, 1))
+        self.quantum, self.levels = _number("quantum", quantum, 1, int), _number("levels", levels, 1, int)
 
     def rank(self, request):
         return min(((len(request.tokens) - 1) // self.quantum).bit_length(), self.levels - 1)
@@ -279,9 +282,10 @@ def is_number(value, low: float = -float_info.max, high: float = float_info.max,
     return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
-def _number(name: str, value: float, least: float) -> float:
-    if not is_number(value, least):
-        raise ValueError(f"{name}: must be a number of at least {least:g}, got {value!r}")
+def _number(name: str, value: float, least: float, kind=Real) -> float:
+    if not is_number(value, least, kind=kind):
+        what = "an integer" if kind is int else "a number"
+        raise ValueError(f"{name}: must be {what} of at least {least:g}, got {value!r}")
     return value
 
 
@@ -344,6 +348,8 @@ class Scheduler:
             raise ValueError(f"n: {request.width} samples are more than max_batch_requests={self.max_batch_requests}")
         request.arrival, request.arrival_step = next(self._arrivals), self.num_steps
         request.urgency = (self.policy.key(request), request.arrival, 0)
+        if request.urgency[0] != request.urgency[0]:
+            raise ValueError("policy: its key is not a number (NaN), so it comes neither before nor after the others'")
         try:
             self._enqueue(request)
         except Exception as error:  # raised half-way through: undo
@@ -589,7 +595,7 @@ class Scheduler:
         target, or ended more than `deadline` seconds after it arrived, in a step that began before.
         """
         late = request.deadline is not None and self.clock() > request.arrival_time + request.deadline
-        self.num_with_targets += 1
+        self.num_with_targets += request.width
         self.num_in_time += request.finish_reason != "abort" and request.in_time and not late
 
     def _plan_drafts(self, plan, budget):

@@ -621,7 +621,7 @@ def test_abort_at_any_moment(moment):
         assert tokens_of(outputs[1:3]) == [Slow.generate(prompt[::-1], p, i) for i in (0, 1)]
     assert len(outputs) == (4 if victim is not part else 2)
     stats = llm.stats()
-    assert stats["finished"] + stats["aborted"] == 1 + len(whole.samples) + len(part.samples)
+    assert stats["finished"] + stats["aborted"] == 1 + 3 + 3  # also those that never came to be
 
 
 REFUSED = [([], {}, "prompt.*empty"), ([1, 64], {}, "prompt.*64.*63"), ([-1], {}, "prompt.*-1"),
@@ -664,7 +664,12 @@ def test_what_just_fits_is_served():
     ({"max_batch_tokens": 4, "max_batch_requests": 8}, "max_batch_requests.*4.*8"),
     ({"block_size": 0}, "block_size.*0"), ({"kv_dtype": "fp8"}, "kv_dtype: must be one of auto, bfloat16, int8, got 'fp8'"),
     ({"swap_memory": -1}, "swap_memory.*-1"),
-    ({"swap_memory": 0.5}, "swap_memory.*0.5"), ({"swap_memory": math.inf}, "swap_memory.*inf")], ids=str)
+    ({"swap_memory": 0.5}, "swap_memory.*0.5"), ({"swap_memory": math.inf}, "swap_memory.*inf"),
+    ({"swap_memory": 1 << 62}, "there is no room for .* or swap_memory"),
+    ({"swap_memory": 1e30}, "swap_memory: must be .* got 1e.30"),
+    ({"prefix_caching": "no"}, "prefix_caching: must be True or False, got 'no'"), ({"graphs": 2}, "graphs: .* got 2"),
+    ({"overlap": "yes"}, "overlap: must be True or False, got 'yes'"),
+    ({"seed": [1]}, r"seed: .* integer, got \[1\]")], ids=str)
 def test_impossible_engines_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         LLM(toy(), **options)

@@ -197,7 +197,7 @@ class Oracle:
         arrived, *later = times = self.times[request]
         limits = [request.ttft_target, *[request.itl_target] * len(later)]
         if {request.ttft_target, request.itl_target, request.deadline} != {None}:
-            self.with_targets += 1
+            self.with_targets += request.width
             self.in_time += reason != "abort" and all(
                 limit is None or end - start <= limit for start, end, limit in zip(times, later, limits)) and (
                 request.deadline is None or self.now <= arrived + request.deadline)

@@ -438,6 +438,25 @@ def test_a_users_function_that_fails_fails_alone(wrong, message):
         SamplingParams(logits_processor=3)
 
 
+def test_a_failure_after_a_wrong_draft_is_not_the_cause_of_another():
+    """The draft is taken back, and with it what went wrong after it."""
+    def fails_after_5(tokens, logits):
+        if tokens[-1] == 5:
+            raise KeyError("only after a wrong draft")
+        logits[:] = -INF
+        if len(tokens) < 6:
+            logits[7] = 0.0
+        return logits
+
+    p = SamplingParams(max_tokens=20, ignore_eos=True, logits_processor=fails_after_5)
+    llm = engine(draft=lambda tokens: [5, 5])
+    request = llm.add_request([1, 2, 3], p)
+    while llm.has_work():
+        llm.step()
+    assert llm.stats()["drafted"] > 0 and request.tokens == [1, 2, 3, 7, 7, 7]
+    assert "every token is banned" in request.error
+
+
 def test_a_users_function_with_samples_and_drafts():
     """Its samples differ only by their tokens; and drafts change nothing, as ever."""
     def no_repeats(tokens, logits):

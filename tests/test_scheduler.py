@@ -6,9 +6,11 @@
 test_oracle.py searches for what is not thought of here.
 """
 
+import math
 import random
 from itertools import combinations
 
+import numpy as np
 import pytest
 
 from cache import SCRATCH, BlockPool
@@ -903,12 +905,33 @@ def test_many_tenants_cost_nothing_per_step(tenants):
 
 @pytest.mark.parametrize("policy, message", (
     (lambda: Priority(patience=0), "patience"), (lambda: Shortest(patience=float("nan")), "patience"),
-    (lambda: MLFQ(quantum=0), "quantum"), (lambda: MLFQ(levels=True), "levels"),
+    (lambda: MLFQ(quantum=0), "quantum"), (lambda: MLFQ(levels=True), "levels"), (lambda: MLFQ(quantum=2.5), "quantum"),
     (lambda: Fair(input_weight=-1), "input_weight"), (lambda: Fair(output_weight="2"), "output_weight"),
 ))
 def test_bad_policies_are_refused(policy, message):
-    with pytest.raises(ValueError, match=f"{message}: must be a number of at least"):
+    with pytest.raises(ValueError, match=f"{message}: must be an? (number|integer) of at least"):
         policy()
+
+
+@pytest.mark.parametrize("wrong", (None, "9", math.nan, -1, True))
+def test_a_prediction_that_is_no_length_is_refused(wrong):
+    """It would put the queue into no order at all. What NumPy computes is a number too."""
+    lengths = [np.int64(3), 5.0, wrong, np.float32(2)]
+    s = make(policy=Shortest(lambda request: lengths[request.arrival]), requests=1)
+    first, second = (s.add(Request(tokens(5), 2)) for _ in range(2))
+    with pytest.raises(ValueError, match="^policy: what its predictor returns: must be a number of at least 0, got"):
+        s.add(Request(tokens(5), 2))
+    assert s.waiting == [first, second]
+    with pytest.raises(ValueError, match="^predictor: must be a function of a request, got 5"):
+        Shortest(5)
+
+
+def test_a_key_that_is_not_a_number_is_refused():
+    s = make(policy=lambda request: math.nan if request.num_prompt == 6 else 0.0)
+    first = s.add(Request(tokens(5), 2))
+    with pytest.raises(ValueError, match="^policy: its key is not a number"):
+        s.add(Request(tokens(6), 2))
+    assert s.waiting == [first]
 
 
 # ------------------------------------------------------------------------------------------------ targets, deadlines
@@ -945,6 +968,13 @@ def test_a_request_past_its_deadline_costs_nothing():
     assert late.error == "deadline: 5 seconds have passed since the request arrived"
     assert s.take_expired() == [late] and s.take_expired() == [] and not s.has_work()
     assert (s.num_with_targets, s.num_in_time) == (2, 1)
+
+
+def test_goodput_counts_samples_that_never_came_to_be():
+    s, clock = timed(blocks=3, size=4)
+    s.add(Request(tokens(4), 9, width=3, deadline=3))
+    clock.now += 4
+    assert s.schedule() == [] and (s.num_with_targets, s.num_in_time) == (3, 0)
 
 
 def test_a_running_request_past_its_deadline_frees_its_blocks():
