@@ -3445,16 +3445,17 @@ class Roofline:
         return self.seconds
 
 
-def run_workload(llm: LLM, work: list[tuple[float, list[int], int]]) -> dict:
-    """Run [(seconds from now, prompt, output tokens), ...] greedily. Returns the seconds it took, those of them without any
-    request ("idle"), and every TTFT (counted from when the request was due) and ITL.
+def run_workload(llm: LLM, work: list[tuple[float, list[int], int]], temperature: float = 0.0) -> dict:
+    """Run [(seconds from now, prompt, output tokens), ...]. Returns the seconds it took, those of them without any request
+    ("idle"), and every TTFT (counted from when the request was due) and ITL.
     """
     start, due, last = time.perf_counter(), {}, {}  # of each request, when it was due and when it got its last token
     first_token, gaps, idle = [], [], 0.0
     while len(due) < len(work) or llm.has_work():
         while len(due) < len(work) and (at := start + work[len(due)][0]) <= time.perf_counter():
             _, prompt, tokens = work[len(due)]
-            due[llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))] = at
+            params = SamplingParams(temperature=temperature, max_tokens=tokens, ignore_eos=True)
+            due[llm.add_request(prompt, params)] = at
         if not llm.has_work():
             rest = max(0.0, at - time.perf_counter())  # until the next request is due
             time.sleep(rest)
@@ -3474,7 +3475,12 @@ def run_workload(llm: LLM, work: list[tuple[float, list[int], int]]) -> dict:
 
 
 class TransformersPeer:
-    """The same requests through transformers' continuous batching, for --compare. Its cache holds all of them at once."""
+    """The same requests through transformers' continuous batching, for --compare.
+
+    On a GPU with its own defaults, as its `generate_batch` has them: FlashAttention where that is installed, graphs captured
+    beforehand, all memory that is left. On a CPU they would take most of the main memory: there its cache holds all requests
+    at once, and no more.
+    """
 
     def __init__(self, shape: dict, dtype: torch.dtype, device: torch.device, work):
         try:
@@ -3487,18 +3493,33 @@ class TransformersPeer:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         self.model, self.work = model.to(device).eval(), work
         self.generation = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1)
+        self.name = f"transformers {transformers.__version__}"
+        if device.type == "cuda":
+            from transformers.generation.continuous_batching.utils import WorkloadHints
+
+            longest = max(len(prompt) for _, prompt, _ in work), max(tokens for *_, tokens in work)
+            self.options = {"continuous_batching_config": transformers.ContinuousBatchingConfig(),
+                            "workload_hints": WorkloadHints(*longest, len(work))}
+            return
         blocks = sum(-(-(len(prompt) + tokens) // 32) for _, prompt, tokens in work) + len(work) + 2
         # Tokens in a block by their place: that field's name has changed (5.17 and before: block_size; since: page_size).
-        self.config = transformers.ContinuousBatchingConfig(32, num_blocks=blocks, max_batch_tokens=512,
-                                                            max_requests_per_batch=len(work), allow_block_sharing=False)
+        self.options = {"continuous_batching_config": transformers.ContinuousBatchingConfig(
+            32, num_blocks=blocks, max_batch_tokens=512, max_requests_per_batch=len(work), allow_block_sharing=False)}
 
     def run(self, count: int | None = None) -> float:
         """Seconds for all of it, or the first `count`. Its thread ends with it: even idle it would slow down the other
         engine, when that is measured.
         """
-        manager = self.model.init_continuous_batching(self.generation, self.config)
+        manager = self.model.init_continuous_batching(self.generation, **self.options)
+        if self.model.device.type == "cuda":
+            with torch.no_grad():
+                manager.warmup()
         manager.start()
         self._finish(manager, [(0.0, self.work[0][1], 1)])  # whatever it sets up for the first request
+        chosen = manager.continuous_batching_config
+        self.setup = ", ".join([self.model.config._attn_implementation, *(
+            f"{name} {getattr(chosen, name, None)}" for name in ("page_size", "num_blocks", "max_batch_tokens",
+                                                                 "use_cuda_graph", "use_async_batching"))])
         start = time.perf_counter()
         self._finish(manager, self.work[:count])
         seconds = time.perf_counter() - start
@@ -3528,6 +3549,8 @@ def bench(args: argparse.Namespace) -> None:
     if (args.compare or args.nano_vllm) and args.rate < math.inf:
         other = "--compare" if args.compare else "--nano-vllm"
         raise ValueError(f"--rate: {args.rate} cannot go with {other}, which submits all requests at once")
+    if args.compare and args.temperature:
+        raise ValueError(f"--temperature: {args.temperature} cannot go with --compare, which is greedy")
     device, folder = pick_device(args.device), find_model(args.model) if args.model else None
     shape = read_json(folder / "config.json") if folder else SHAPES[args.shape]
     config = ModelConfig.from_dict(shape)
@@ -3541,18 +3564,19 @@ def bench(args: argparse.Namespace) -> None:
     work = nano_vllm_workload(vocab, args.seed) if args.nano_vllm else workload_from(args, llm.longest_request, vocab)
     num_in, num_out = sum(len(prompt) for _, prompt, _ in work), sum(tokens for *_, tokens in work)
     when = f"over {work[-1][0]:.1f} s" if work[-1][0] else "all submitted at once"
-    print(f"{llm.describe()}\n{len(work)} requests, {num_in:,} tokens in, {num_out:,} out, greedy, {when}")
+    how = f"temperature {args.temperature:g}" if args.temperature else "greedy"
+    print(f"{llm.describe()}\n{len(work)} requests, {num_in:,} tokens in, {num_out:,} out, {how}, {when}")
     peer = None
     if args.compare:
         peer = TransformersPeer(shape, dtype, device, work)
         peer.run(max(2, len(work) // 4))  # warm up
     print(f"this machine, now: {bandwidth / 1e9:.1f} GB/s copying, {flops / 1e9:,.0f} GFLOP/s multiplying")
-    run_workload(llm, work[: max(2, len(work) // 4)])  # warm up: allocations, first use of kernels
+    run_workload(llm, work[: max(2, len(work) // 4)], args.temperature)  # warm up: allocations, first use of kernels
     runs, peer_seconds, floor, before = [], [], 0.0, llm.stats()
     for _ in range(args.runs):
         llm.pool.forget()  # the same prompts again would all be prefix hits
         roofline = Roofline(llm, bandwidth, flops)
-        runs.append(run_workload(llm, work))
+        runs.append(run_workload(llm, work, args.temperature))
         floor = roofline.close()
         if peer:
             peer_seconds.append(peer.run())
@@ -3582,7 +3606,13 @@ def bench(args: argparse.Namespace) -> None:
     print(f"peak memory {peak:.2f} GiB" + (" (with the peer's)" if peer and device.type != "cuda" else ""))
     if peer:
         other = statistics.median(peer_seconds)
-        print(f"transformers {num_out / other:,.0f} tok/s: {other / seconds:.2f} times as long")
+        print(f"{peer.name} {num_out / other:,.0f} tok/s: {other / seconds:.2f} times as long\n  ({peer.setup})")
+    if args.json:
+        moved = (roofline.body + roofline.head) * roofline.weight_bytes
+        args.json.write_text(json.dumps({
+            "tokens_per_second": num_out / seconds, "floor_tokens_per_second": num_out / floor, "roofline": floor / busy,
+            "copy_bytes_per_second": bandwidth, "flops_per_second": flops, "weight_bytes": moved,
+            "peer": peer and f"{peer.name} ({peer.setup})", "peer_tokens_per_second": peer and num_out / other}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3663,7 +3693,9 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--burst", type=float, default=1.0, help="deviation over mean of their gaps (1, Poisson)")
     parser.add_argument("--nano-vllm", action="store_true", help="nano-vLLM's 256 requests instead")
     parser.add_argument("--runs", type=at_least(1), default=3, help="the median of these is printed (3)")
+    parser.add_argument("--temperature", type=at_least(0.0), default=0.0, help="of the sampling (0, greedy)")
     parser.add_argument("--compare", choices=["transformers"], help="run the same through this, in turn")
+    parser.add_argument("--json", type=Path, help="write the figures to this file too")
 
 
 def parser_for(command: str) -> argparse.ArgumentParser:

@@ -376,6 +376,26 @@ def test_bench_prints_its_figures(windows, options, capsys, monkeypatch):
         assert figure in out
 
 
+def test_bench_writes_its_figures_to_a_file(options, capsys, monkeypatch, tmp_path):
+    """The same as it prints; `weight_bytes` are those that a step reads. All requests have the temperature asked for."""
+    monkeypatch.setattr(nanoserve, "measure_roofline", lambda dtype, device: (1e9, 2e9))
+    temperatures, add_request = [], LLM.add_request
+    monkeypatch.setattr(LLM, "add_request", lambda self, prompt, params: (
+        temperatures.append(params.temperature), add_request(self, prompt, params))[1])
+    tiny = ["bench", *options, "--requests", "2", "--input-len", "3", "--output-len", "4", "--runs", "3"]
+    assert main([*tiny, "--json", str(tmp_path / "figures.json"), "--temperature", "0.5"]) == 0
+    out, figures = capsys.readouterr().out, json.loads((tmp_path / "figures.json").read_text())
+    assert "8 out, temperature 0.5, all" in out and set(temperatures) == {0.5}
+    assert f"output      {figures['tokens_per_second']:,.0f} tok/s" in out
+    assert f"roofline    {100 * figures['roofline']:.0f} %" in out
+    assert f"floor on this machine is {figures['floor_tokens_per_second']:,.0f} tok/s" in out
+    assert (figures["copy_bytes_per_second"], figures["flops_per_second"]) == (1e9, 2e9)
+    config = nanoserve.look_up(options[1])[1]
+    assert figures["weight_bytes"] == 4 * sum(nanoserve.num_weights(config)) and figures["peer"] is None
+    assert main([*tiny, "--compare", "transformers", "--temperature", "0.5"]) == 2
+    assert "--temperature: 0.5 cannot go with --compare" in capsys.readouterr().err
+
+
 def test_bench_refuses_what_the_model_can_not_hold(options, capsys, monkeypatch):
     monkeypatch.setattr(nanoserve, "measure_roofline", lambda dtype, device: (1e9, 1e9))
     assert main(["bench", *options, "--requests", "2", "--input-len", "250", "--output-len", "20"]) == 2

@@ -5,7 +5,10 @@ is about what runs them: that the emulation notices what a GPU would leave undef
 run, that they compile, and that the engine gets the same tokens from them.
 """
 
+import gc
 import itertools
+import json
+import math
 import os
 import random
 import re
@@ -14,9 +17,11 @@ import struct
 import subprocess
 import sys
 import types
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import gpu_report
 import pytest
 import torch
 from test_engine import emulate_graphs
@@ -912,8 +917,100 @@ def test_the_report_for_gpus_runs():
     """Tiny, on whatever this machine has: so that on a GPU no minute is lost on a misspelled name."""
     done = subprocess.run([sys.executable, Path(__file__).with_name("gpu_report.py"), "--tiny"], capture_output=True,
                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert "these figures mean nothing" in done.stdout
-    for line in ("large copy: ", "large product: ", "prompt attention, 2 x 40: ", "decode attention, 1 x 300: ",
-                 "product 8 x 128 x 48: bf16 ", "sample, all three: ", "peak memory ", "from start to first token: "):
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "these figures mean nothing" in done.stdout and "FAILED" not in done.stdout
+    for line in ("large copy: ", "large product: ", "prompt attention, 2 x 40: ", "product 8 x 128 x 48: bf16 ",
+                 "sample, all three: ", "peak memory ", "nano-vLLM is measured with --nano-vllm-path"):
         assert line in done.stdout, done.stdout + done.stderr
+    table = done.stdout.split("| --- | ---: | ---: |\n")[1]
+    for what in ("decode attention, 1 x 300 tokens, 32/8 heads x 128, bf16 | ", "of 34,000 at 4.8 TB/s | 80 %", "| 85 % |",
+                 "int8 weights | ", "times bf16 | 2.8 times |", "prefill 8 x 4,096 ", "idle share ", "first token, 8B shape",
+                 "transformers' continuous batching | ", "nano-vLLM, both at temperature 0.6 | not measured | 1.3 times |"):
+        assert what in table, table
+
+
+@pytest.fixture
+def report(monkeypatch):
+    """tests/gpu_report.py, with nothing measured yet."""
+    monkeypatch.setattr(gpu_report, "TABLE", [])
+    monkeypatch.setattr(gpu_report, "FAILURES", [])
+    return gpu_report
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_idle_share_is_of_the_mean_step(overlap, report, monkeypatch):
+    """The device's own time is measured on the step in the middle of those that the device does meanwhile; with overlap they
+    are one behind those that the host plans. Afterwards nothing holds the engine, and with it the GPU's memory.
+    """
+    def forward(self, batch, cache):
+        positions.append(int(batch.positions[0]))
+        return original(self, batch, cache)
+
+    def init(self, *args, **options):
+        create(self, *args, **options)
+        engines.append(weakref.ref(self))
+
+    positions, engines, original, create = [], [], GPT.forward, LLM.__init__
+    monkeypatch.setattr(GPT, "forward", forward)
+    monkeypatch.setattr(LLM, "__init__", init)
+    monkeypatch.setattr(report, "seconds", lambda work, **_: len(work()) * 0.0)
+    gc.disable()
+    try:
+        idle, taken = report.idle_share(torch.device("cpu"), "tiny", 2, overlap, 5)
+        assert engines and not any(engine() for engine in engines)
+    finally:
+        gc.enable()
+    *planned, measured = positions
+    device = planned[-6:-1] if overlap else planned[-5:]
+    assert measured == sum(device) / 5 and idle == 1 and taken > 0
+
+
+def test_the_report_measures_nano_vllm_on_the_same_requests(report, tmp_path):
+    """A package of that name on whose clock each of its four runs takes a given time; the first is to warm up."""
+    (tmp_path / "nanovllm").mkdir()
+    (package := tmp_path / "nanovllm" / "__init__.py").write_text(f"""
+import json, pathlib, time, types
+SamplingParams = lambda **options: types.SimpleNamespace(**options)
+seconds, calls, now = [100, 1, 9, 2], [], [0]
+time.perf_counter = lambda: now[0]
+class LLM:
+    def __init__(self, folder, enforce_eager, max_model_len):
+        assert not enforce_eager and max_model_len == 4096
+        for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+            assert (pathlib.Path(folder) / file).exists(), file
+    def generate(self, prompts, params, use_tqdm):
+        now[0] += seconds[len(calls)]
+        calls.append([prompts, [p.__dict__ for p in params]])
+        pathlib.Path({str(tmp_path / "calls.json")!r}).write_text(json.dumps(calls))
+        return [{{"text": "", "token_ids": [0] * p.max_tokens}} for p in params]
+""")
+    work = [(0.0, [5, 9999], 3), (0.0, [7], 2)]
+    assert report.nano_vllm_rate(tmp_path, SHAPES["tiny"], work, "cpu") == 5 / 2 and not report.FAILURES
+    calls = json.loads((tmp_path / "calls.json").read_text())
+    assert [prompts for prompts, _ in calls] == [[[5, 9999], [7]], [[6, 0], [8]], [[7, 1], [9]], [[8, 2], [10]]]
+    assert all(params == [{"temperature": 0.6, "ignore_eos": True, "max_tokens": n} for n in (3, 2)] for _, params in calls)
+    package.write_text("import flash_attn_that_is_not_there")
+    assert math.isnan(report.nano_vllm_rate(tmp_path, SHAPES["tiny"], work, "cpu"))
+    assert len(report.FAILURES) == 1 and report.FAILURES[0].endswith("exit code 1")
+
+
+def test_what_fails_in_the_report_is_not_measured(report, monkeypatch, capsys):
+    """Every figure of the engine then says so, and the exit code is 1; what another part measured is in the table."""
+    def fail(*words, **_):
+        if "--table" in words:
+            Path(words[-1]).write_text(json.dumps([[words[1], "1 ms", ""]]))
+            return True
+        return run("-c", "raise SystemExit(3)")
+
+    run = report.command
+    monkeypatch.setattr(report, "command", fail)
+    options = types.SimpleNamespace(parts=["engine"], tiny=False, nano_vllm_path=None, table=None)
+    assert report.main(options) == 1
+    assert report.FAILURES == 7 * ["-c raise SystemExit(3): exit code 3"]
+    assert "FAILED: -c raise SystemExit(3): exit code 3\n" in capsys.readouterr().out
+    assert len(report.TABLE) == 7 and all(figure == "not measured" for _, figure, _ in report.TABLE)
+    options.parts = ["start", "idle"]
+    report.FAILURES.clear()
+    assert report.main(options) == 0
+    assert report.TABLE[7:] == [["start", "1 ms", ""], ["idle", "1 ms", ""]]
+    assert capsys.readouterr().out.endswith("| start | 1 ms |  |\n| idle | 1 ms |  |\n\n")
