@@ -2481,147 +2481,215 @@ CUDA["sample"] = r"""
 // One token per row of logits: temperature, top-k, top-p, min-p, then the token where the cumulative probability passes
 // the row's noise; temperature 0: the most likely one.
 //
-// Grid (row), 1,024 threads. A row is read once for its maximum, up to eight times each for the limits of top-k and top-p,
-// and twice to draw; 150,000 logits of a row stay in the L2 cache meanwhile. Nothing is sorted. All filters come down to a
-// least logit that is kept, which `reach` finds.
+// Grid (row), 1,024 threads. Nothing is sorted. All filters come down to a least logit that is kept, and `reach` finds it.
 // Probabilities are integers, in units of 2^-40 of the largest: integer sums are the same in any order, so a row's token
 // does not depend on which thread was faster.
+//
+// A row is read
+//   * for its largest logit; if the request is greedy, that is all
+//   * with top-k or top-p, to put the likeliest two thousand tokens aside, in shared memory, and for top-p to add up the
+//     mass of all. If all that is kept is among these, which is the rule, the row is not needed again
+//   * else three or four times for each of the two filters, and if both are on once for the mass that top-k leaves to top-p
+//   * unless what is kept was put aside: for the mass of 32 stretches of the vocabulary; the one that is hit twice more
+// To find the largest, a GPU waits for memory. To divide and exponentiate a logit as exactly as PyTorch does takes some 30
+// instructions, and in that time memory brings more than 4 bytes: where masses are added up, instructions are the limit.
 // Left open: T.
 typedef unsigned long long u64;
+constexpr int THREADS = 1024, WARPS = THREADS / 32, CANDIDATES = 4096;
+constexpr int N = 16 / sizeof(T), AHEAD = 16 / N;  // logits of one load; loads that a thread has under way
+constexpr unsigned NO_MASS = 0x41e00000;           // the depth 28: exp(-28) < 2^-40, so no token there can be drawn
+
+// The sum of x over the lanes up to this one.
+__device__ u64 warp_prefix_sum(u64 x) {
+    for (int i = 1; i < 32; i *= 2) {
+        u64 other = __shfl_up_sync(ALL, x, i);
+        if (threadIdx.x % 32 >= i) x += other;
+    }
+    return x;
+}
 
 // The sum of x over the threads before this one; `all` gets that over all threads.
 __device__ u64 prefix_sum(u64 x, u64* all) {
-    __shared__ u64 of_warp[32];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    u64 sum = x;
-    for (int i = 1; i < 32; i *= 2) {
-        u64 other = __shfl_up_sync(ALL, sum, i);
-        if (lane >= i) sum += other;
-    }
+    __shared__ u64 of_warp[WARPS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u64 sum = warp_prefix_sum(x);
     __syncthreads();  // another warp may still be reading the last sums
     if (lane == 31) of_warp[warp] = sum;
     __syncthreads();
-    u64 before = 0;
-    *all = 0;
-    for (int w = 0; w < warps; w++) {
-        if (w < warp) before += of_warp[w];
-        *all += of_warp[w];
-    }
-    return before + sum - x;
+    u64 warps = warp_prefix_sum(of_warp[lane]);
+    *all = __shfl_sync(ALL, warps, 31);
+    return __shfl_sync(ALL, warps - of_warp[lane], warp) + sum - x;
 }
+
+// A token that may be drawn. Depth: how far its logit lies below the largest, after temperature: as bits, for non-negative
+// floats sort like their bits.
+struct Token { unsigned depth; int id; };
+__device__ u64 mass(unsigned depth) { return (u64)(expf(-__uint_as_float(depth)) * 1099511627776.f); }
 
 struct Row {
     const T* logits;
-    int V;
     float largest, temperature;
-    // How far logit i lies below the largest, after temperature: as bits, for non-negative floats sort like their bits.
-    __device__ unsigned depth(int i) const {
-        return __float_as_uint(fmaxf((largest - to_float(logits[i])) / temperature, 0.f));
+    __device__ unsigned depth(float x) const { return __float_as_uint(fmaxf((largest - x) / temperature, 0.f)); }
+    // How many logits lie between logits[0] and the multiple of 16 bytes before it, where vectors may be loaded.
+    __device__ int skew() const { return (long long)logits % 16 / sizeof(T); }
+    // Calls f(i, logit i) for all begin <= i < end, shared out among `lanes` threads; and for a few outside, as -inf.
+    template <class F> __device__ void read(int begin, int end, int lane, int lanes, F f) const {
+        for (int first = begin - (begin + skew()) % N + lane * N; first < end; first += AHEAD * lanes * N) {
+            Vec<T, N> x[AHEAD];
+            for (int a = 0; a < AHEAD; a++) {
+                const int i = first + a * lanes * N;
+                if (i >= begin && i + N <= end) x[a] = load<T, N>(logits + i);
+                else for (int j = 0; j < N; j++)
+                    if (i + j >= begin && i + j < end) x[a].at[j] = logits[i + j]; else put(&x[a].at[j], -INFINITY);
+            }
+            for (int a = 0; a < AHEAD; a++)
+                for (int j = 0; j < N; j++) f(first + a * lanes * N + j, to_float(x[a].at[j]));
+        }
     }
-    __device__ static u64 mass(unsigned depth) { return (u64)(expf(-__uint_as_float(depth)) * 1099511627776.f); }
 };
 
-// The least depth up to which the entries within `limit` add up to `need`: their masses if weighted, else their number. If
-// all of them do not: `limit`. It is found four bits at a time, the highest first: of the entries that agree in the bits
-// found so far, each thread adds up how many have at most 0, 1, .. 15 in the next. Sixteen sums in registers are cheaper
-// than a histogram in shared memory, where most logits would compete for the same few counters.
-__device__ unsigned reach(const Row& r, u64 need, unsigned limit, bool weighted) {
-    __shared__ u64 of_warp[32][16];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    unsigned prefix = 0;
-    for (int shift = 28; shift >= 0; shift -= 4) {
-        u64 upto[16] = {};
-        for (int i = threadIdx.x; i < r.V; i += blockDim.x) {
-            unsigned d = r.depth(i);
-            if (d > limit || (shift < 28 && d >> (shift + 4) != prefix)) continue;
-            u64 weight = weighted ? Row::mass(d) : 1ull;
-            #pragma unroll
-            for (unsigned digit = 0; digit < 16; digit++) upto[digit] += (d >> shift & 15) <= digit ? weight : 0;
-        }
-        __syncthreads();  // another warp may still be reading the last sums
-        #pragma unroll
-        for (int digit = 0; digit < 16; digit++) {
-            for (int i = 16; i; i /= 2) upto[digit] += __shfl_xor_sync(ALL, upto[digit], i);
-            if (lane == 0) of_warp[warp][digit] = upto[digit];
-        }
-        __syncthreads();
-        u64 before = 0, sum = 0;
-        unsigned digit = 0;
-        for (;; digit++, before = sum) {
-            if (digit == 16) return limit;
-            sum = 0;
-            for (int w = 0; w < warps; w++) sum += of_warp[w][digit];
-            if (sum >= need) break;
-        }
-        prefix = prefix << 4 | digit;
-        need -= before;
+// The tokens from `begin` to `end` of a row or, where there is one, of a list; shared out among `lanes` threads.
+struct Tokens {
+    Row row;
+    const Token* list;
+    int begin, end, lane, lanes;
+    template <class F> __device__ void each(F f) const {
+        if (list) for (int i = begin + lane; i < end; i += lanes) f(list[i]);
+        else row.read(begin, end, lane, lanes, [&](int i, float x) { f({row.depth(x), i}); });
     }
-    return prefix;
+};
+
+// The least key from low to high up to which tokens have a weight of `need` together. If all of them have less: high + 1,
+// and `need` is what is still missing. It is found ten bits at a time: what lies from low to high is thrown into a bin for
+// each thread, and the bin where the sum passes `need` is looked at more closely. No instruction adds 64 bits to shared
+// memory: bins[0] are the lower halves of the sums, bins[1] the upper.
+__shared__ unsigned bins[2][THREADS];
+template <class Key, class Weight>
+__device__ unsigned reach(Tokens from, u64& need, unsigned low, unsigned high, Key key, Weight weight) {
+    __shared__ unsigned hit;
+    __shared__ u64 before_hit;
+    for (;;) {
+        const int shift = max(22 - __clz(high - low), 0);
+        bins[0][threadIdx.x] = bins[1][threadIdx.x] = 0;
+        __syncthreads();
+        from.each([&](Token token) {
+            const unsigned i = key(token) - low;
+            if (i > high - low) return;
+            const u64 w = weight(token);
+            const unsigned old = atomicAdd(&bins[0][i >> shift], (unsigned)w);
+            const unsigned upper = (w >> 32) + (old + (unsigned)w < old);
+            if (upper) atomicAdd(&bins[1][i >> shift], upper);
+        });
+        __syncthreads();
+        u64 mine = (u64)bins[1][threadIdx.x] << 32 | bins[0][threadIdx.x], all, before = prefix_sum(mine, &all);
+        if (all < need) {
+            need -= all;
+            return high + 1;
+        }
+        if (before < need && need <= before + mine) hit = threadIdx.x, before_hit = before;
+        __syncthreads();
+        need -= before_hit;
+        low += hit << shift;
+        if (shift == 0) return low;
+        high = low + (1u << shift) - 1;
+    }
 }
 
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(THREADS)
 sample(const T* logits, const float* temperature, const long long* top_k, const float* top_p, const float* min_p,
        const double* noise, long long* out, int V, int stride) {
-    __shared__ float warp_largest[32];
-    __shared__ int warp_place[32], choice, all_sound;
-    const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    Row r = {logits + (long long)row * stride, V, -INFINITY, temperature[row]};
+    __shared__ float warp_largest[WARPS], warp_worst[WARPS];
+    __shared__ int warp_place[WARPS], all_sound, count;
+    const int row = blockIdx.x, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    Row r = {logits + (long long)row * stride, -INFINITY, temperature[row]};
 
     int place = V;
     bool sound = true;
-    for (int i = threadIdx.x; i < V; i += blockDim.x) {
-        float x = to_float(r.logits[i]);
+    r.read(0, V, thread, THREADS, [&](int i, float x) {
         if (x > r.largest) r.largest = x, place = i;
         sound = sound && x < INFINITY;  // false for NaN, too
-    }
-    if (threadIdx.x == 0) all_sound = 1;
+    });
+    if (thread == 0) all_sound = 1, count = 0;
     __syncthreads();
     if (!sound) all_sound = 0;
+    float worst = r.largest;
     auto merge = [&](float other, int at) {  // of equal ones the first
         if (other > r.largest || (other == r.largest && at < place)) r.largest = other, place = at;
     };
     for (int i = 16; i; i /= 2) {
+        worst = fminf(worst, __shfl_xor_sync(ALL, worst, i));
         float other = __shfl_xor_sync(ALL, r.largest, i);
         merge(other, __shfl_xor_sync(ALL, place, i));
     }
-    if (lane == 0) warp_largest[warp] = r.largest, warp_place[warp] = place;
+    if (lane == 0) warp_largest[warp] = r.largest, warp_place[warp] = place, warp_worst[warp] = worst;
     __syncthreads();
-    for (int w = 0; w < warps; w++) merge(warp_largest[w], warp_place[w]);
+    for (int w = 0; w < WARPS; w++) merge(warp_largest[w], warp_place[w]), worst = fmaxf(worst, warp_worst[w]);
     if (r.temperature == 0 || place == V || !all_sound) {
-        if (threadIdx.x == 0) out[row] = place == V || !all_sound ? -1 : place;
+        if (thread == 0) out[row] = place == V || !all_sound ? -1 : place;
         return;
     }
 
-    unsigned limit = 0x7f7fffff;  // the deepest that is kept; -inf is deeper
-    if (top_k[row] > 0) limit = reach(r, top_k[row], limit, false);
-    if (top_p[row] < 1) {
-        u64 mine = 0, all;
-        for (int i = threadIdx.x; i < V; i += blockDim.x) if (r.depth(i) <= limit) mine += Row::mass(r.depth(i));
+    // Candidates for top-k and top-p: what is no deeper than the worst of 32 threads' best, in the warp where that is least
+    // deep. As every thread has seen logits from all over the row, these are about 2.2 for each thread.
+    __shared__ Token candidates[CANDIDATES];
+    const unsigned deepest = min(r.depth(worst), NO_MASS);
+    const u64 k = max(top_k[row], 0ll);
+    unsigned limit = NO_MASS;  // the deepest that is kept
+    bool listed = false;       // whether all that is kept is among the candidates
+    u64 mine = 0, all;         // sums of masses
+    auto kept = [&](Token token) { return token.depth <= limit ? mass(token.depth) : 0; };
+    const Tokens everything = {r, nullptr, 0, V, thread, THREADS};
+    Tokens list = {r, candidates, 0, 0, thread, THREADS}, from = everything;
+    if (k > 0 || top_p[row] < 1) {
+        everything.each([&](Token token) {
+            if (k == 0) mine += mass(token.depth);
+            if (token.depth > deepest) return;
+            const int i = atomicAdd(&count, 1);
+            if (i < CANDIDATES) candidates[i] = token;
+        });
         prefix_sum(mine, &all);
-        limit = reach(r, max((u64)ceil((double)top_p[row] * (double)all), 1ull), limit, true);
+        const bool fit = count <= CANDIDATES;
+        list.end = count;
+        auto filter = [&](u64 need, bool counted) {
+            auto depth = [](Token token) { return token.depth; };
+            auto weight = [&](Token token) { return counted ? 1 : kept(token); };
+            unsigned found = 0;
+            if (fit) found = reach(list, need, 0, deepest, depth, weight);
+            if (!fit || (found > deepest && found <= limit))  // it lies deeper than the candidates
+                found = reach(everything, need, found, limit, depth, weight);
+            limit = min(found, limit);
+            listed = fit && limit <= deepest;
+        };
+        if (k > 0) filter(k, true);
+        if (top_p[row] < 1) {
+            if (k > 0) {  // what is left of the mass
+                from = listed ? list : everything;
+                from.each([&](Token token) { mine += kept(token); });
+                prefix_sum(mine, &all);
+            }
+            filter(max((u64)ceil((double)top_p[row] * (double)all), 1ull), false);
+        }
     }
     if (min_p[row] > 0) limit = min(limit, __float_as_uint(fmaxf(-logf(min_p[row]), 0.f)));
 
-    // Draw: each warp adds up one stretch of the vocabulary, the warp whose stretch is hit goes through it again.
-    const int stretch = (V + 32 * warps - 1) / (32 * warps) * 32, begin = warp * stretch, end = min(V, begin + stretch);
-    u64 mine = 0, all;
-    for (int i = begin + lane; i < end; i += 32) if (r.depth(i) <= limit) mine += Row::mass(r.depth(i));
-    u64 before = __shfl_sync(ALL, prefix_sum(mine, &all), 0);
-    u64 target = min((u64)(noise[row] * (double)all), all - 1);
-    if (threadIdx.x == 0) choice = place;
+    // Draw. Without a list each warp adds up a stretch of the vocabulary, and the one that is hit is searched.
+    __shared__ int hit;
+    __shared__ u64 before_hit;
+    const int first = -r.skew(), length = ((V - first) / (THREADS * N) + 1) * 32 * N;
+    auto stretch = [&](int w, int lane, int lanes) {
+        return Tokens{r, nullptr, max(0, first + w * length), min(V, first + (w + 1) * length), lane, lanes};
+    };
+    from = listed ? list : stretch(warp, lane, 32);
+    mine = 0;
+    from.each([&](Token token) { mine += kept(token); });
+    const u64 before = prefix_sum(mine, &all), before_warp = __shfl_sync(ALL, before, 0);
+    const u64 target = min((u64)(noise[row] * (double)all), all - 1);
+    if (before <= target && target < before + mine) hit = warp, before_hit = listed ? 0 : before_warp;  // in one thread
     __syncthreads();
-    for (int i = begin; i < end; i += 32) {
-        u64 sum = i + lane < end && r.depth(i + lane) <= limit ? Row::mass(r.depth(i + lane)) : 0;
-        for (int j = 1; j < 32; j *= 2) {
-            u64 other = __shfl_up_sync(ALL, sum, j);
-            if (lane >= j) sum += other;
-        }
-        unsigned beyond = __ballot_sync(ALL, before + sum > target);
-        if (before <= target && beyond && lane == __ffs(beyond) - 1) choice = i + lane;
-        before += __shfl_sync(ALL, sum, 31);
-        if (before > target) break;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) out[row] = choice;
+    from = listed ? list : stretch(hit, thread, THREADS);
+    u64 need = target + 1 - before_hit;
+    const unsigned low = listed ? 0 : from.begin, high = (listed ? V : from.end) - 1;
+    const unsigned token = reach(from, need, low, high, [](Token token) { return token.id; }, kept);
+    if (thread == 0) out[row] = token;
 }
 """

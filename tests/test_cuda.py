@@ -71,6 +71,46 @@ def test_sample_draws_what_the_definition_draws(V, dtype, reverse, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_sample_takes_rows_from_anywhere(dtype, monkeypatch):
+    """Rows of a wider tensor that begin and end at every place within 16 bytes, between logits that would be noticed."""
+    monkeypatch.setattr(kernels, "use_cpp", False)
+    for offset in range(9):
+        logits, *rest = draw(offset, S=8, V=300 + 5 * offset, dtype=dtype)
+        wide = torch.full((len(logits), offset + logits.shape[1] + 2), torch.inf, dtype=dtype)
+        wide[:, offset:-2] = logits
+        expected = kernels.sample(logits, *rest)
+        assert (expected >= 0).sum() == len(logits) - 1
+        with cuda_on_cpu.enabled(reverse=offset % 2):
+            assert torch.equal(kernels.sample(wide[:, offset:-2], *rest), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("reverse", [False, True], ids=["", "reversed"])
+@pytest.mark.parametrize("spread, allowed, k, p, least, passes", [
+    (3.0, 1.0, 0, 1.0, 0.0, 2), (3.0, 1.0, 0, 1.0, 0.1, 2),  # nothing to search for
+    (3.0, 1.0, 50, 1.0, 0.0, 2), (5.0, 1.0, 0, 0.9, 0.0, 2), (3.0, 1.0, 300, 0.9, 0.1, 2),  # all kept are candidates
+    (1.0, 0.002, 100, 1.0, 0.0, 2), (1.0, 0.002, 100, 0.9, 0.0, 2),  # and so are all there are
+    (0.5, 1.0, 0, 0.9, 0.0, 6), (0.5, 1.0, 9000, 1.0, 0.0, 6),  # more are kept
+    (0.5, 1.0, 9000, 0.9, 0.0, 10), (0.5, 1.0, 9000, 0.05, 0.0, 6),
+    (0.0, 1.0, 50, 1.0, 0.0, 7), (0.0, 1.0, 0, 0.5, 0.0, 7), (0.0, 0.3, 50, 0.5, 0.0, 9),  # equals, too many to put aside
+])
+def test_sample_reads_a_row_no_more_often_than_it_must(spread, allowed, k, p, least, passes, reverse, monkeypatch):
+    """And searches the right tokens, be they put aside or not: `allowed` is the share of logits above -inf."""
+    monkeypatch.setattr(kernels, "use_cpp", False)
+    g = torch.Generator().manual_seed(0)
+    n, V = 6, 20_000
+    logits = torch.randn(n, V, generator=g) * spread
+    logits = torch.where(torch.rand(n, V, generator=g) < allowed, logits, -torch.inf)
+    columns = [torch.full((n,), value, dtype=t) for value, t in ((0.8, F32), (k, torch.int64), (p, F32), (least, F32))]
+    noise = torch.rand(n, generator=g, dtype=torch.float64)
+    expected = kernels.sample(logits, *columns, noise)
+    with cuda_on_cpu.enabled(reverse, launches := []):
+        assert torch.equal(kernels.sample(logits, *columns, noise), expected)
+    assert passes <= launches[0].read[0] / (4 * n * V) < passes + 0.1
+
+
+@needs_compiler
 def test_sample_reaches_every_kept_token_and_no_other():
     """Noise over all of [0, 1): each kept token is drawn as often as its probability says, to one draw in 80."""
     logits, n = torch.tensor([[2.0, -torch.inf, 1.0, 0.5, 1.0, -3.0]]).expand(80, -1), 80

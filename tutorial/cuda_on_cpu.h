@@ -275,7 +275,7 @@ template <class V> static V atomicAdd(V* p, V v) { V old = *p; *p = old + v; ret
 
 static inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
 static inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
-static inline int __ffs(unsigned u) { return __builtin_ffs(u); }
+static inline int __clz(unsigned u) { return u ? __builtin_clz(u) : 32; }
 static inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     uint64_t both = uint64_t(y) << 32 | x;
