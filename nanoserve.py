@@ -1078,7 +1078,7 @@ class DecodeGraphs:
 # A model that drafts has a q, and with dice of its own its drafts would be accepted in sum(min(p, q)) of all cases. It gets
 # the target's dice instead: two similar distributions mostly give the same token at the same noise. So it just names a
 # token as well. For the models that come along that is within a few percent of the bound, and far above its likeliest token
-# (tests/speculation_report.py acceptance); for large vocabularies and flat distributions it is not, as probability that moves
+# (tests/speculation_report.py acceptance); for large vocabularies and flat distributions it is not: probability that moves
 # among the first tokens moves the places of all that come after them.
 #
 # Survey B 3.1.1 · C Speculative Decoding.
