@@ -118,13 +118,26 @@ class LowBitWeight:
         return 8 if self.codes.dtype == torch.int8 else 4
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.codes.shape[0], self.codes.shape[1] * (1 if self.bits == 8 else 8)
+    def shape(self) -> tuple[int, ...]:
+        """(out, in); of a stack (number, out, in)."""
+        return *self.codes.shape[:-1], self.codes.shape[-1] * (1 if self.bits == 8 else 8)
+
+    def __getitem__(self, i: int) -> LowBitWeight:
+        """Weight i of a stack; no copy."""
+        return LowBitWeight(self.codes[i], self.scales[i])
+
+    def __setitem__(self, i: int, weight: LowBitWeight) -> None:
+        self.codes[i], self.scales[i] = weight.codes, weight.scales
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight that this stands for, [out, in]."""
         codes = self.codes
+        _, cuda = compiled(codes.new_empty(0, dtype=dtype))
+        if cuda:
+            out, group = codes.new_empty(self.shape, dtype=dtype), self.shape[1] // self.scales.shape[1]
+            vectors = out.numel() // (N := math.gcd(group, 8))
+            cuda("dequantize", (-(-vectors // 1024),), 256, codes, self.scales, out, vectors, group, BITS=self.bits, N=N)
+            return out
         if self.bits == 4:
             codes = ((codes[..., None] >> _shifts(codes)) & 15).flatten(1) - 8
         grouped = codes.float().view(len(codes), self.scales.shape[1], -1)
@@ -272,31 +285,50 @@ def linear(x: torch.Tensor, weight: torch.Tensor | PanelWeight | LowBitWeight, b
 
 
 def _low_bit_linear(x, weight):
-    """For a few rows the weight is read as it is and widened on the way; for many it is widened once."""
-    rows, (outputs, inputs), groups = len(x), weight.shape, weight.scales.shape[1]
-    _, cuda = compiled(x)
-    step = 64 if weight.bits == 8 else 128  # inputs that a warp takes at a time
-    if cuda and rows <= 64 and x.element_size() == 2 and inputs % step == 0 and (weight.bits == 4 or groups == 1):
-        x, out = x.contiguous(), x.new_empty(rows, outputs)
-        cuda("low_bit_linear", (-(-outputs // 16), -(-rows // 8)), 256, x, weight.codes, weight.scales, out, rows, outputs,
-             inputs, BITS=weight.bits, GROUP=inputs // groups if weight.bits == 4 else 1)
-        return out
-    return F.linear(x, weight.dequantize(x.dtype))
+    """For few rows the weight is read as it is and widened on the way, for many it is widened first. 64: see the kernel."""
+    cuda = _kernel_for(x, weight) if len(x) <= 64 else None
+    return _few_rows_linear(cuda, x, weight) if cuda else F.linear(x, weight.dequantize(x.dtype))
 
 
+def _kernel_for(x, weight) -> CudaKernels | None:
+    """Where CUDA["low_bit_linear"] can multiply x by such a weight or a stack of them: low-bit, or of x's dtype."""
+    low = isinstance(weight, LowBitWeight)
+    plain = isinstance(weight, torch.Tensor) and weight.dtype == x.dtype and not weight.is_mkldnn
+    if x.element_size() != 2 or not (low or plain):
+        return None
+    step = 512 // (weight.bits if low else 16)  # inputs that a warp takes at a time
+    fits = weight.shape[-1] % step == 0 and (step != 64 or weight.scales.shape[-1] == 1)
+    return compiled(x)[1] if fits else None
+
+
+def _few_rows_linear(cuda, x, weight, ends=None):
+    """CUDA["low_bit_linear"]: x [T, in] times weight [out, in], or, with `ends`, weights [E, out, in]; transposed."""
+    low, rows, (outputs, inputs) = isinstance(weight, LowBitWeight), len(x), weight.shape[-2:]
+    E = 1 if ends is None else len(ends)
+    bits, codes, scales = (weight.bits, weight.codes, weight.scales) if low else (16, weight, None)
+    R, alone = 8 if rows <= 8 * E else 16, rows <= E  # alone: few rows, hardly two of them with the same weight
+    blocks = -(-rows // R) if ends is None else rows if alone else rows // R + E
+    x, out = x.contiguous(), x.new_empty(rows, outputs)
+    cuda("low_bit_linear", (blocks, -(-outputs // (2 * R))), 256, x, codes, scales, out, rows, outputs, inputs, ends, E,
+         alone, BITS=bits, GROUP=inputs // scales.shape[-1] if bits == 4 else 1, ROWS=R)
+    return out
+
+
+@or_definition
 def mixture_of_experts(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, gate_up, down) -> torch.Tensor:
     """Send every token through its K experts and add up their outputs, weighted.
 
-    x [T, H], experts [T, K] int64 and float32 weights [T, K] from the router. gate_up [E, 2I, H] and down [E, H, I]: one
-    grouped product over all experts, and the host need not know which token chose which; or lists of weights for `linear`:
-    each expert that was chosen runs once, over all its tokens. Returns [T, H]. Survey B 3.1.2 · C MoE. (arXiv:2101.03961)
+    x [T, H], experts [T, K] int64 and float32 weights [T, K] from the router. gate_up [E, 2I, H] and down [E, H, I], as
+    `stack_experts` has them: grouped products over all experts, and up to `most_pairs` the host need not know which token
+    chose which; else each expert that was chosen runs once, over all its tokens. Returns [T, H]. Survey B 3.1.2 · C MoE.
+    (arXiv:2101.03961)
     """
-    if isinstance(gate_up, torch.Tensor):
+    if 0 < experts.numel() <= most_pairs(gate_up, down):
         order = experts.flatten().argsort(stable=True)  # pairs of token and choice, those of the first expert first
-        each = torch.arange(len(gate_up), device=x.device)
+        each = torch.arange(gate_up.shape[0], device=x.device)
         ends = torch.searchsorted(experts.flatten()[order], each, right=True).int()
-        y = silu_mul(F.grouped_mm(x[order // experts.shape[1]], gate_up.mT, offs=ends))
-        y = F.grouped_mm(y, down.mT, offs=ends)[order.argsort()].view(*experts.shape, -1)
+        y = silu_mul(_grouped_linear(x[order // experts.shape[1]], gate_up, ends))
+        y = _grouped_linear(y, down, ends)[order.argsort()].view(*experts.shape, -1)
         return (y * weights[..., None]).sum(1).to(x.dtype)
     out = torch.zeros_like(x)
     for e in experts.unique().tolist():
@@ -306,9 +338,40 @@ def mixture_of_experts(x: torch.Tensor, experts: torch.Tensor, weights: torch.Te
     return out
 
 
+def _grouped_linear(x, weight, ends):
+    """x [P, in] times weights [E, out, in], transposed: rows ends[e - 1] to ends[e] - 1 by weight e. Returns [P, out]."""
+    if can_group(weight[0]) or not (cuda := _kernel_for(x, weight)):
+        return F.grouped_mm(x, weight.mT, offs=ends)
+    return _few_rows_linear(cuda, x, weight, ends)
+
+
+def stack_experts(weight: torch.Tensor | PanelWeight | LowBitWeight, n: int, x: torch.Tensor):
+    """Room for n weights like this one, for `mixture_of_experts` of inputs like x: a stack on a GPU from sm_80 on, in 16
+    bits, in rows that `low_bit_linear` takes; else a list. So for float32: the only product that it has takes one weight.
+    """
+    if not can_group(weight) and not _kernel_for(x, weight):
+        return [None] * n
+    if isinstance(weight, LowBitWeight):
+        return LowBitWeight(*(t.new_empty(n, *t.shape) for t in (weight.codes, weight.scales)))
+    return weight.new_empty(n, *weight.shape)
+
+
+def most_pairs(gate_up, down) -> int:
+    """For how many pairs of token and choice `mixture_of_experts` is grouped products; graphs capture no others. Torch's
+    take any number, those of `low_bit_linear` 64 for an expert, 16 in 16 bits: with more, `linear` moves less.
+    """
+    if isinstance(gate_up, list) or isinstance(down, list):
+        return 0
+    if can_group(gate_up[0]) and can_group(down[0]):
+        return sys.maxsize
+    if not use_cuda:
+        return 0
+    return (64 if isinstance(gate_up, LowBitWeight) else 16) * gate_up.shape[0]
+
+
 def can_group(weight: torch.Tensor | PanelWeight | LowBitWeight) -> bool:
-    """Whether `mixture_of_experts` takes weights like this one stacked: bfloat16 in rows of whole 16 bytes, on a GPU for
-    which torch has a kernel (sm_90, sm_100). On others torch copies `offs` to the host, which no graph can capture.
+    """Whether torch has a grouped product by weights like this one: bfloat16 in rows of whole 16 bytes, on a GPU for which
+    it has a kernel (sm_90, sm_100). On others it copies `offs` to the host, which no graph can capture.
     """
     return (isinstance(weight, torch.Tensor) and weight.device.type == "cuda" and weight.dtype == torch.bfloat16
             and not any(size % 8 for size in weight.shape) and torch.cuda.get_device_capability(weight.device)[0] in (9, 10))
@@ -2387,24 +2450,34 @@ tiled_attention(const T* q, const Entry* k_cache, const Entry* v_cache, const bf
 """
 
 CUDA["low_bit_linear"] = r"""
-// out[row, o] = sum over k of x[row, k] * code[o, k] * scale[o, k / GROUP], for a few rows.
+// out[row, o] = sum over k of x[row, k] * code[o, k] * scale[o, k / GROUP], for a few rows. With `ends` there are `experts`
+// weights, and rows ends[e - 1] to ends[e] - 1 are multiplied by number e.
 //
-// Grid (16 outputs, 8 rows). The warps of a block share out k: of each output's codes the first 64 bytes go to one warp, the
-// next 64 to the next. A lane reads 16 bytes of two outputs straight into registers, turns them into pairs of T, and
-// multiplies: codes [16, k] times x^T [k, 8 rows]. The sum over k may be taken in any order, so a lane loads neighbours in
-// place of the scattered ones that the instruction expects of it.
+// Grid (ROWS rows, OUTPUTS outputs). The warps of a block share out k: of each output's codes the first 64 bytes go to one
+// warp, the next 64 to the next. A lane reads 16 bytes of MINE outputs straight into registers, turns them into pairs of T,
+// and multiplies: codes [16, k] times x^T [k, 8 rows]. The sum over k may be taken in any order, so a lane loads neighbours
+// in place of the scattered ones that the instruction expects of it.
 //
-// Reads each code once for every 8 rows, and x from the cache; does 2 FLOPs per code and row: memory is the limit. It takes
-// long to answer, so a lane asks for codes AHEAD steps before it needs them: a block waits for 32 KB, and three may run on a
-// multiprocessor.
+// Reads each code once for every ROWS rows, but once from memory: the blocks of the same outputs run side by side, and all
+// but the first find it in the L2 cache, as they find x, read once for every OUTPUTS outputs. Does 2 FLOPs per code and row:
+// memory is the limit. It takes long to answer, so a lane asks for codes AHEAD steps before it needs them: a block waits for
+// 32 KB, and three may run on a multiprocessor, two with 16 rows.
 // The next limit are instructions. An H200 issues about 100 in the time in which memory brings the 16 bytes for each lane of
-// a warp; to widen and multiply them takes 75 with 4 bits, 40 with 8.
+// a warp; to widen and multiply them takes 76 with 4 bits, 41 with 8. With 16 rows it takes 80 and 42, for what is widened
+// once is multiplied twice.
+// The last is the L2 cache, 1.4 to 2 times as fast as memory (H200, A100). To every 16 rows it gives a code, and a byte of x
+// for it: to 64 rows 8 bytes with 8 bits, 6 with 4. To widen the whole weight, by `dequantize`, and multiply by that, moves
+// 5 or 4.6 bytes through memory, however many rows there are: beyond 64 that is less.
 //
-// Left open: T (16 bits), BITS (8: one scale per output, applied to the sum; 4: one per group, applied to the pairs), GROUP
-// (for 4 bits: inputs that share a scale).
-constexpr int WARPS = 8, PER_LANE = 128 / BITS, AHEAD = 4;  // codes in 16 bytes
-constexpr int STEP = 4 * WARPS * PER_LANE;                  // inputs that the block takes at a time
-constexpr bool EVEN = STEP % GROUP == 0;                    // so the next scale is always as far from the last
+// With `ends`, all rows of a block have one weight, or each row has a block, `alone`. Else those of expert e begin with
+// number ends[e - 1] / ROWS + e. That is room for all, and there may be blocks between that find no row.
+//
+// Left open: T (16 bits), BITS (8: one scale per output, applied to the sum; 4: one per group, applied to the pairs; 16:
+// codes are Ts, without scales), GROUP (for 4 bits: inputs that share a scale), ROWS (8 or 16).
+constexpr int OUTPUTS = 2 * ROWS, MINE = OUTPUTS / 8, AHEAD = 32 / ROWS;
+constexpr int WARPS = 8, PER_LANE = 128 / BITS;  // codes in 16 bytes
+constexpr int STEP = 4 * WARPS * PER_LANE;       // inputs that the block takes at a time
+constexpr bool EVEN = STEP % GROUP == 0;         // so the next scale is always as far from the last
 
 __device__ unsigned twice(float x) { return make_pair(T(), x, x); }
 // The power of two above which neighbouring Ts are 1 apart, and its bits, twice: what is put into the last ones is added.
@@ -2415,28 +2488,41 @@ __device__ float base(fp16) { return 1024; }
 
 // The i-th of the pairs that a lane's 16 bytes hold.
 __device__ unsigned widen(const Vec<unsigned, 4>& codes, int i, float scale) {
+    if (BITS == 16) return codes.at[i];
     if (BITS == 8) return widen_int8(T(), codes.at[i / 2], i % 2 * 2, codes.at[i / 2], i % 2 * 2 + 1);
     unsigned pair = and_xor(codes.at[i / 4] >> i % 4 * 4, 0x000f000f, base_bits(T()));
     return fma2(T(), fma2(T(), pair, twice(1), twice(-base(T()) - 8)), twice(scale), twice(-0.f));
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 3)
-low_bit_linear(const T* x, const void* codes, const bf16* scales, T* out, int rows, int outputs, int inputs) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, ROWS == 8 ? 3 : 2)
+low_bit_linear(const T* x, const void* codes, const bf16* scales, T* out, int rows, int outputs, int inputs,
+               const int* ends, int experts, int alone) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
-    const int o = blockIdx.x * 16, r = blockIdx.y * 8, mine = (4 * warp + c) * PER_LANE;  // the lane's first input
+    const int o = blockIdx.y * OUTPUTS, mine = (4 * warp + c) * PER_LANE;  // the lane's first input
+    int r = blockIdx.x * ROWS, expert = 0;
+    if (ends) {
+        auto start = [&](int e) { return e ? ends[e - 1] : 0; };
+        auto block = [&](int e) { return alone ? start(e) : start(e) / ROWS + e; };
+        expert = owner(blockIdx.x, experts, block);
+        const int at_once = alone ? 1 : ROWS;
+        r = start(expert) + ((int)blockIdx.x - block(expert)) * at_once;
+        rows = min(r + at_once, ends[expert]);
+        if (r >= rows) return;
+    }
     // Where the lane's inputs begin, in x and in the weight; past the last row or output the last again, to be dropped.
-    const T* row = x + (long long)min(r + g, rows - 1) * inputs + mine;
-    const unsigned* code_row[2];
-    const bf16* scale_row[2];
-    for (int h = 0; h < 2; h++) {
-        long long output = min(o + g + 8 * h, outputs - 1);
+    const T* row[ROWS / 8];
+    for (int m = 0; m < ROWS / 8; m++) row[m] = x + (long long)min(r + g + 8 * m, rows - 1) * inputs + mine;
+    const unsigned* code_row[MINE];
+    const bf16* scale_row[MINE];
+    for (int h = 0; h < MINE; h++) {
+        long long output = (long long)expert * outputs + min(o + g + 8 * h, outputs - 1);
         code_row[h] = (const unsigned*)codes + (output * inputs + mine) * BITS / 32;
         scale_row[h] = scales + output * (inputs / GROUP) + (EVEN ? mine / GROUP : 0);
     }
-    Vec<unsigned, 4> w[AHEAD][2];
-    bf16 scale[AHEAD][2];
+    Vec<unsigned, 4> w[AHEAD][MINE];
+    bf16 scale[AHEAD][MINE];
     auto fetch = [&](int i, int k, int step) {  // for inputs from k on, `step` steps from where the pointers are
-        for (int h = 0; h < 2; h++) {
+        for (int h = 0; h < MINE; h++) {
             w[i][h] = load<unsigned, 4>(code_row[h] + step * (STEP * BITS / 32));
             if (BITS == 4) scale[i][h] = scale_row[h][EVEN ? step * (STEP / GROUP) : k / GROUP];
         }
@@ -2444,36 +2530,81 @@ low_bit_linear(const T* x, const void* codes, const bf16* scales, T* out, int ro
     #pragma unroll  // or the arrays would not stay in registers
     for (int i = 0; i < AHEAD; i++) if (mine + i * STEP < inputs) fetch(i, mine + i * STEP, i);
 
-    float acc[4] = {};  // (output g; rows 2c, 2c + 1), (output g + 8; rows 2c, 2c + 1)
+    float acc[MINE / 2][ROWS / 8][4] = {};  // each (output g; rows 2c, 2c + 1), (output g + 8; rows 2c, 2c + 1)
     for (int first = mine; first < inputs; first += AHEAD * STEP) {
         #pragma unroll  // likewise
         for (int i = 0; i < AHEAD; i++) {
             const int k = first + i * STEP;
             if (k >= inputs) break;
-            Vec<unsigned, 4> v[PER_LANE / 8];
-            for (int j = 0; j < PER_LANE / 8; j++) v[j] = load<unsigned, 4>((const unsigned*)(row + i * STEP) + 4 * j);
-            for (int j = 0; j < PER_LANE / 2; j += 2) {
-                unsigned a[4], b[2] = {v[j / 4].at[j % 4], v[j / 4].at[j % 4 + 1]};
-                for (int e = 0; e < 4; e++) a[e] = widen(w[i][e % 2], j + e / 2, BITS == 4 ? to_float(scale[i][e % 2]) : 1);
-                mma(T(), acc, a, b);
+            for (int j = 0; j < PER_LANE / 2; j += 4) {
+                Vec<unsigned, 4> v[ROWS / 8];  // the lane's next 8 inputs
+                for (int m = 0; m < ROWS / 8; m++) v[m] = load<unsigned, 4>((const unsigned*)(row[m] + i * STEP) + j);
+                for (int half = 0; half < 4; half += 2)
+                    for (int n = 0; n < MINE / 2; n++) {
+                        unsigned a[4];
+                        for (int e = 0; e < 4; e++) {
+                            const int h = 2 * n + e % 2;
+                            a[e] = widen(w[i][h], j + half + e / 2, BITS == 4 ? to_float(scale[i][h]) : 1);
+                        }
+                        for (int m = 0; m < ROWS / 8; m++) mma(T(), acc[n][m], a, {v[m].at[half], v[m].at[half + 1]});
+                    }
             }
             if (k + AHEAD * STEP < inputs) fetch(i, k + AHEAD * STEP, i + AHEAD);
         }
-        row += AHEAD * STEP;
-        for (int h = 0; h < 2; h++) {
+        for (int m = 0; m < ROWS / 8; m++) row[m] += AHEAD * STEP;
+        for (int h = 0; h < MINE; h++) {
             code_row[h] += AHEAD * (STEP * BITS / 32);
             if (EVEN) scale_row[h] += AHEAD * (STEP / GROUP);
         }
     }
-    __shared__ float sums[WARPS][16][8];
-    for (int e = 0; e < 4; e++) sums[warp][g + e / 2 * 8][2 * c + e % 2] = acc[e];
+    __shared__ float sums[WARPS][ROWS][OUTPUTS];
+    for (int n = 0; n < MINE / 2; n++)
+        for (int m = 0; m < ROWS / 8; m++)
+            for (int e = 0; e < 4; e++) sums[warp][8 * m + 2 * c + e % 2][16 * n + g + e / 2 * 8] = acc[n][m][e];
     __syncthreads();
-    int output = threadIdx.x / 8, column = threadIdx.x % 8;
-    if (output >= 16 || o + output >= outputs || r + column >= rows) return;
-    float sum = 0;
-    for (int w = 0; w < WARPS; w++) sum += sums[w][output][column];
-    if (BITS == 8) sum *= to_float(scales[o + output]);
-    put(&out[(long long)(r + column) * outputs + o + output], sum);
+    for (int i = threadIdx.x; i < ROWS * OUTPUTS; i += 32 * WARPS) {
+        const int column = i / OUTPUTS, output = i % OUTPUTS;
+        if (o + output >= outputs || r + column >= rows) continue;
+        float sum = 0;
+        for (int w = 0; w < WARPS; w++) sum += sums[w][column][output];
+        if (BITS == 8) sum *= to_float(scales[expert * outputs + o + output]);
+        put(&out[(long long)(r + column) * outputs + o + output], sum);
+    }
+}
+"""
+
+CUDA["dequantize"] = r"""
+// out[i] = code[i] * scale of i's group, for all entries of a weight, row after row.
+//
+// Grid (1,024 vectors of N entries). A thread takes four of them, and asks for the codes of all before it widens the first:
+// it waits for 32 bytes with 8 bits, for 16 with 4. The vectors beside its own are its neighbours', so that what a warp
+// stores at a time fills whole lines of the cache. Reads BITS / 8 bytes per entry and a scale per group, writes sizeof(T);
+// does some ten instructions per entry, half of what an H200 could do meanwhile: memory is the limit.
+// The product is taken in float, where it is exact, and rounded once: every bit is that of the definition in PyTorch.
+//
+// Left open: T, BITS (8 or 4), N (a divisor of the group; with 4 bits 8, a word).
+constexpr int AT_ONCE = 4;
+
+extern "C" __global__ void __launch_bounds__(256)
+dequantize(const unsigned char* codes, const bf16* scales, T* out, int vectors, int group) {
+    const long long first = (long long)blockIdx.x * AT_ONCE * blockDim.x + threadIdx.x;
+    Vec<unsigned char, N * BITS / 8> bytes[AT_ONCE];
+    float scale[AT_ONCE];
+    #pragma unroll
+    for (int v = 0; v < AT_ONCE; v++) if (long long at = first + v * blockDim.x; at < vectors) {
+        bytes[v] = load<unsigned char, N * BITS / 8>(codes + at * (N * BITS / 8));
+        scale[v] = to_float(scales[(unsigned)at / (unsigned)(group / N)]);
+    }
+    #pragma unroll
+    for (int v = 0; v < AT_ONCE; v++) if (long long at = first + v * blockDim.x; at < vectors) {
+        Vec<T, N> wide;
+        for (int j = 0; j < N; j++) {
+            const int i = j / 2 + j % 2 * 4;  // with 4 bits, which four of the word
+            const int code = BITS == 8 ? (signed char)bytes[v].at[j] : (bytes[v].at[i / 2] >> i % 2 * 4 & 15) - 8;
+            put(&wide.at[j], code * scale[v]);
+        }
+        store<T, N>(out + at * N, wide);
+    }
 }
 """
 

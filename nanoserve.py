@@ -286,7 +286,7 @@ class Layer:
     o_bias: torch.Tensor | None = None
     mlp_norm: torch.Tensor | None = None
     mlp_norm_bias: torch.Tensor | None = None
-    gate_up: object = None  # [2 * mlp, hidden], GPT-2: [mlp, hidden]; with experts a list of E
+    gate_up: object = None  # [2 * mlp, hidden], GPT-2: [mlp, hidden]; with experts a stack or list of E
     gate_up_bias: torch.Tensor | None = None
     down: object = None
     down_bias: torch.Tensor | None = None
@@ -369,8 +369,8 @@ class GPT:
             setattr(owner, place.name, weight)
         else:
             if getattr(owner, place.name) is None:
-                n = self.config.num_experts
-                setattr(owner, place.name, weight.new_empty(n, *weight.shape) if kernels.can_group(weight) else [None] * n)
+                x = torch.empty(0, dtype=self.dtype, device=self.device)
+                setattr(owner, place.name, kernels.stack_experts(weight, self.config.num_experts, x))
             getattr(owner, place.name)[place.expert] = weight
         if place.name == "embed" and self.config.tie_embeddings:
             self.head = self._prepare(weight, "head")
@@ -1411,9 +1411,10 @@ class LLM:
 
     def _capture(self, model, cache, max_rows) -> DecodeGraphs | None:
         """Decode graphs; None where the forward pass waits for the device, as PyTorch's attention or expert loop does."""
-        c, loops = model.config, any(isinstance(layer.gate_up, list) for layer in model.layers)
+        c, mixtures = model.config, [layer for layer in model.layers if layer.router is not None]
+        most = [kernels.most_pairs(layer.gate_up, layer.down) // c.experts_per_token for layer in mixtures]
         has_kernels = kernels.compiled(model.embed)[1] and kernels.has_cuda_attention(c.head_dim)
-        if self.device.type != "cuda" or not has_kernels or loops:
+        if self.device.type != "cuda" or not has_kernels or not (max_rows := min([max_rows, *most])):
             return None
         try:
             return DecodeGraphs(model, cache, max_rows, self.pool.blocks_for(self.max_model_len))

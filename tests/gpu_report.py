@@ -320,7 +320,7 @@ def measure_kernels(device, args) -> None:
         low, moved = attention(batch, length, device, int8=True)
         share = moved / low / bandwidth
         line(f"{what}, int8 cache", goals[1], "{:.2f} times bf16, {:.0f} % of the bandwidth", wide / low, 100 * share)
-    for rows in (1, 8):
+    for rows in (1, 8, 16, 32, 64, 128):
         for inputs, outputs in ((128, 48),) if args.tiny else ((4096, 6144), (4096, 28672), (14336, 4096)):
             taken = products(device, inputs, outputs, rows)
             print(f"product {rows} x {inputs:,} x {outputs:,}: bf16 {taken['bf16'] * 1e6:,.1f} us, " + ", ".join(

@@ -440,6 +440,20 @@ def test_a_mixture_is_captured():
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("dtype, quantize", [(torch.float16, None), (BF16, "int8"), (BF16, "int4")], ids=str)
+def test_a_mixture_that_torch_has_no_grouped_product_for_is_captured(dtype, quantize):
+    """Graphs up to `most_pairs`; with more, one expert runs after the other."""
+    model = GPT(ModelConfig.from_dict(SHAPES["qwen3-small"] | {
+        "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 128,
+        "norm_topk_prob": True}), dtype, "cuda", quantize=quantize).randomize(0)
+    llm = LLM(model, max_batch_requests=100, kv_memory=1 << 26)
+    assert llm.graphs.sizes[-1] == (64 if quantize else 16)
+    outputs = llm.generate([[1, 5 + i] for i in range(100)], SamplingParams(max_tokens=4, ignore_eos=True))
+    assert all(len(out.token_ids) == 4 for out in outputs)
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_low_bit_weights_can_be_captured(quantize):
     """Beyond 64 rows they are widened, inside the graph; in bfloat16, as the kernel for few rows needs."""
@@ -712,7 +726,8 @@ def test_no_rows_and_many_rows_can_be_launched(gpu):
         assert kernels.linear(torch.zeros(rows, 128).bfloat16(), low).shape == (rows, 16)
         kernels.paged_attention(torch.zeros(rows, 1, 16), *torch.zeros(2, 1, 1, 1, 16), torch.zeros(rows, 4).int(),
                                 column.int(), torch.arange(rows + 1).int(), 1.0)
-    assert {name for name, _ in gpu.calls} == {"load", b"silu_mul", b"add_norm", b"sample", b"paged_attention"}
+    launched = {name for name, _ in gpu.calls}
+    assert launched == {"load", b"silu_mul", b"add_norm", b"sample", b"paged_attention", b"dequantize"}
 
 
 def test_shared_memory_beyond_48_kilobytes_is_asked_for(gpu):
@@ -845,7 +860,9 @@ HEAD_SIZES = (64, 80, 96, 128, 256)
 TILED = [{"D": D, "ROWS": (rows := 128 if D <= 128 else 64), "SHARED": (rows + 128) * (D + 8) * 2, "INT8": int8}
          for D in HEAD_SIZES for int8 in (0, 1)]
 KERNELS = [("add_norm", {"N": 8}), ("silu_mul", {"N": 8}), ("sample", {}),
-           ("low_bit_linear", {"BITS": 8, "GROUP": 1}), ("low_bit_linear", {"BITS": 4, "GROUP": 32}),
+           *(("low_bit_linear", {"BITS": bits, "GROUP": group, "ROWS": rows})
+             for bits, group in ((8, 1), (4, 32), (16, 1)) for rows in (8, 16)),
+           *(("dequantize", {"BITS": bits, "N": 8}) for bits in (8, 4)),
            *(("rope_and_write_kv", {"D": 128, "INT8": int8}) for int8 in (0, 1)),
            *(("tiled_attention", constants) for constants in TILED),
            *(("paged_attention", {"D": D, "R": R, "DECODE": R == 8, "INT8": 0})

@@ -1029,6 +1029,20 @@ def test_the_middle_of_a_prompt_attends_to_nothing_in_the_last_layer(monkeypatch
     assert counts == [layers - 1, layers, layers] and request.num_output == 2
 
 
+def test_graphs_of_a_mixture_end_where_its_experts_run_one_by_one(monkeypatch):
+    llm = LLM(toy(), kv_memory=1 << 20)
+    monkeypatch.setattr(llm, "device", torch.device("cuda"))
+    monkeypatch.setattr(kernels, "compiled", lambda *_: (None, True))
+    monkeypatch.setattr(nanoserve, "DecodeGraphs", lambda model, cache, max_rows, max_blocks: max_rows)
+    monkeypatch.setattr(llm.model.config, "head_dim", 16)
+    assert llm._capture(llm.model, llm.cache, 100) == 100
+    monkeypatch.setattr(llm.model.config, "experts_per_token", 4)
+    monkeypatch.setattr(llm.model.layers[1], "router", torch.ones(1))
+    for pairs, rows in (400, 100), (256, 64), (3, None), (0, None):
+        monkeypatch.setattr(kernels, "most_pairs", lambda *_, pairs=pairs: pairs)
+        assert llm._capture(llm.model, llm.cache, 100) == rows
+
+
 def test_graphs_without_memory_name_the_knobs(monkeypatch):
     """The cache's share of the memory may leave too little for what they need."""
     def graphs(*_):

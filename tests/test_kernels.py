@@ -11,6 +11,7 @@ import itertools
 import os
 import platform
 import random
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -642,6 +643,86 @@ def test_mixture_of_experts(dtype, stacked):
     close(out, expected, rtol=loose, atol=loose * float(expected.abs().max()))
 
 
+def mixture(T, bits, dtype, E=6, K=2, H=128, inner=256):
+    """Arguments of mixture_of_experts, stacked, for weights of 16, 8 or 4 bits; expert 4 is NaN, chosen by nobody."""
+    stacks = []
+    for size in (2 * inner, H), (H, inner):
+        weights = [randn(10 * size[0] + e, *size) / size[1] ** 0.5 for e in range(E)]
+        weights[4] *= torch.nan
+        weights = [w.to(dtype) if bits == 16 else kernels.quantize(w, bits) for w in weights]
+        stack = kernels.stack_experts(weights[0], E, torch.empty(0, dtype=dtype))
+        for e, weight in enumerate(weights):
+            stack[e] = weight
+        stacks.append(stack)
+    scores = randn(T, T, E)
+    scores[:, 4] = -torch.inf
+    weights, experts = scores.softmax(-1).topk(K, dim=-1)
+    return randn(1, T, H, dtype=dtype), experts, weights.float(), *stacks
+
+
+@pytest.mark.skipif(not cuda_on_cpu.compiler(), reason="no C++ compiler here")
+@pytest.mark.parametrize("reverse", [False, True], ids=["", "reversed"])
+@pytest.mark.parametrize("T", [1, 3, 4, 24, 45])
+@pytest.mark.parametrize("bits, dtype", [(16, BF16), (16, F16), (8, BF16), (4, BF16), (4, F16)], ids=str)
+def test_stacked_experts_wait_for_nothing(bits, dtype, T, reverse):
+    """Few pairs, some, many: against one expert after the other. The host asks for no number, and weights are read for
+    every row, 8 rows or 16 rows that chose them."""
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert not re.search("unique|nonzero|local_scalar|lift_fresh", func.name()), "the host would wait"
+            return func(*args, **(kwargs or {}))
+
+    with cuda_on_cpu.enabled(reverse=reverse, launches=[]) as launches:
+        x, experts, weights, gate_up, down = mixture(T, bits, dtype)
+        assert not isinstance(gate_up, list)
+        with Refuse():
+            out = kernels.mixture_of_experts(x, experts, weights, gate_up, down)
+        assert [launch.name for launch in launches] == ["low_bit_linear", "silu_mul", "low_bit_linear"]
+    expected = kernels.mixture_of_experts(x, experts, weights, list(map(gate_up.__getitem__, range(6))),
+                                          list(map(down.__getitem__, range(6))))
+    assert not out.isnan().any()
+    close(out, expected.double(), rtol=2e-2, atol=2e-2)
+    at_once = 1 if 2 * T <= 6 else 8 if 2 * T <= 48 else 16
+    times = sum(-(-(experts == e).sum().item() // at_once) for e in range(6))
+    for launch, weight in (launches[0], gate_up), (launches[2], down):
+        codes = weight if bits == 16 else weight.codes
+        assert launch.read[1] == times * codes[0].nbytes
+        assert launch.grid[0] == (2 * T if at_once == 1 else 2 * T // at_once + 6)
+
+
+@pytest.mark.skipif(not cuda_on_cpu.compiler(), reason="no C++ compiler here")
+@pytest.mark.parametrize("bits", [16, 8])
+def test_stacked_experts_whose_kernel_does_not_compile(bits, monkeypatch):
+    """They run one after the other then, in PyTorch."""
+    monkeypatch.setattr(kernels, "use_cuda", True)
+    with cuda_on_cpu.enabled():
+        arguments = mixture(3, bits, BF16)
+        expected = kernels.mixture_of_experts(*arguments)
+
+        def failing(name, *_, **constants):
+            raise kernels.CompileError("no_such_function is undefined")
+
+        monkeypatch.setattr(kernels, "cuda_on_cpu", lambda dtype: failing)
+        with pytest.warns(UserWarning, match="PyTorch runs instead"):
+            close(kernels.mixture_of_experts(*arguments), expected.double(), rtol=2e-2, atol=2e-2)
+        assert not kernels.use_cuda
+
+
+def test_experts_that_fit_no_kernel_are_a_list_and_many_pairs_run_one_by_one(monkeypatch):
+    for weight in (torch.ones(4, 24).bfloat16(), torch.ones(4, 32), kernels.quantize(torch.ones(4, 64), 4),
+                   kernels.quantize(torch.ones(4, 64), 8, 32)):
+        with cuda_on_cpu.enabled():
+            assert kernels.stack_experts(weight, 3, torch.empty(0, dtype=BF16)) == [None] * 3
+    with cuda_on_cpu.enabled(launches=[]) as launches:
+        arguments = mixture(200, 8, BF16)
+        assert kernels.most_pairs(*arguments[3:]) == 384 and kernels.most_pairs(arguments[3], []) == 0
+        assert kernels.most_pairs(*mixture(1, 16, F16)[3:]) == 96
+        out = kernels.mixture_of_experts(*arguments)
+        assert "dequantize" in [launch.name for launch in launches]
+        monkeypatch.setattr(kernels, "most_pairs", lambda *weights: 400)
+        close(out, kernels.mixture_of_experts(*arguments).double(), rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("bits, group", [(8, None), (8, 64), (4, None), (4, 64), (4, 128)])
 def test_quantize_rounds_to_the_nearest_code(bits, group):
     weight = randn(1, 24, 384, dtype=F32) * torch.logspace(-6, 3, 24)[:, None]
@@ -682,9 +763,10 @@ def test_groups_that_do_not_fit_are_refused(bits, group, inputs):
         kernels.quantize(torch.zeros(2, inputs), bits, group)
 
 
-SHAPES_AND_GROUPS = [*itertools.product([(1, 40, 128), (5, 33, 640), (12, 16, 256), (70, 5, 128)],
+SHAPES_AND_GROUPS = [*itertools.product([(1, 40, 128), (5, 33, 640), (12, 16, 256), (39, 70, 128), (70, 5, 128)],
                                        [(8, None), (8, 64), (4, None), (4, 128)]),
-                     *(((3, 17, 9600), group) for group in ((8, None), (4, None), (4, 96), (4, 9600)))]
+                     *(((3, 17, 9600), group) for group in ((8, None), (4, None), (4, 96), (4, 9600))),
+                     *(((19, 33, 9600), group) for group in ((8, None), (4, 96)))]
 
 
 @every_body
@@ -702,6 +784,43 @@ def test_low_bit_linear(body, shape, bits_and_group):
     close(kernels.linear(x, low), expected, **scale)
     close(kernels.linear(x, low, bias), expected + bias.double(), **scale)
     close(kernels.linear(x, low, bias, gelu=True), F.gelu(expected + bias.double(), approximate="tanh"), **scale)
+
+
+@every_body
+@pytest.mark.parametrize("shape, bits, group", [((5, 84), 8, 7), ((5, 84), 8, 6), ((37, 84), 8, 12), ((33, 97), 8, None),
+                                                ((33, 640), 8, 64), ((33, 640), 4, 32), ((5, 288), 4, 96)], ids=str)
+def test_widening_a_low_bit_weight(body, shape, bits, group):
+    """To the last bit, whatever number of codes a GPU can load at a time: many rows of an identity matrix show them all."""
+    low = kernels.quantize(randn(1, *shape) * torch.logspace(-7, 3, shape[0])[:, None], bits, group)
+    expected = low.dequantize(F64).to(body)
+    assert torch.equal(kernels.linear(torch.eye(shape[1], dtype=body), low), expected.T)
+    assert torch.equal(low.dequantize(body), expected)
+
+
+@pytest.mark.skipif(not cuda_on_cpu.compiler(), reason="no C++ compiler here")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_bytes_that_a_product_with_low_bits_moves(dtype, bits):
+    """For up to 16 rows every code moves once. Up to 64, those who share codes follow each other and find them in the cache;
+    beyond, and in float32, the weight is widened: a byte or half of one is read for each, the dtype's are written."""
+    outputs, inputs = 96, 256
+    low = kernels.quantize(randn(1, outputs, inputs), bits)
+    for rows, times in (1, 1), (8, 1), (9, 1), (16, 1), (17, 2), (64, 4), (65, None):
+        x = randn(rows, rows, inputs, dtype=dtype)
+        with cuda_on_cpu.enabled(launches=[]) as launches, cuda_on_cpu.Operations() as others:
+            kernels.linear(x, low)
+        (launch,) = launches
+        if times and dtype is BF16:
+            at_once = 8 if rows <= 8 else 16
+            x_bytes = outputs // (2 * at_once) * times * at_once * inputs * 2  # rows that are missing are in the cache
+            assert launch.grid == (times, outputs // (2 * at_once)) and others.launches == 0
+            assert launch.name == "low_bit_linear" and launch.read == [x_bytes, times * low.codes.nbytes, *[0] * 8]
+        else:
+            wide = outputs * inputs * dtype.itemsize
+            assert (launch.name, others.launches) == ("dequantize", 1)
+            assert (launch.read[0], launch.written[2]) == (low.codes.nbytes, wide)
+            assert others.bytes == x.nbytes + wide + rows * outputs * dtype.itemsize
+            assert launch.grid == (3,), "eight entries at a time"
 
 
 @pytest.mark.parametrize("bits", [8, 4])
