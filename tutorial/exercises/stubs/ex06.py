@@ -42,12 +42,15 @@ def pack(self, plan: list[tuple[Request, int]]) -> tuple[Batch, list[Sampler], l
         if not request.reuse_prefix and request.num_output == 0:
             prompted += [(row + p, (request, p)) for p in range(start, min(end, request.num_prompt - 1))]
         row += end
-    batch = self.lay_out(spans, [row for row, _ in sampled + prompted])
-    return batch, [whose for _, whose in sampled], [whose for _, whose in prompted]
+    samplers = [whose for _, whose in sampled]
+    batch = self.lay_out(spans, [row for row, _ in sampled + prompted], samplers)
+    return batch, samplers, [whose for _, whose in prompted]
 
 
-def lay_out(self, spans: list[Span], rows: list[int]) -> Batch:
-    """The batch that computes these spans, with logits for `rows` of it. First moves the blocks that are due to move."""
+def lay_out(self, spans: list[Span], rows: list[int], samplers: list[Sampler]) -> Batch:
+    """The batch that computes these spans, with logits for `rows` of it, of which the first are to be sampled. All that
+    the device needs to know goes there in one copy. Before that, moves the blocks that are due to move.
+    """
     moves = self.pool.take_moves()
     for cache in self.caches:
         cache.move(*moves)
@@ -71,11 +74,13 @@ def lay_out(self, spans: list[Span], rows: list[int]) -> Batch:
     size = self.pool.block_size
     slots = tables[owner, positions // size].astype(np.int64) * size + positions % size
 
-    parts = [tokens, positions, slots, rows, ends, query_start, tables.ravel()]
+    settings = self._settings(samplers)  # first, so that they lie at a multiple of their size
+    parts = [settings.ravel().view(torch.int32), tokens, positions, slots, rows, ends, query_start, tables.ravel()]
     packed = torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int32) for part in parts]))
     packed = self._send(packed).split([len(part) for part in parts])
-    long = [part.long() for part in packed[:4]]
+    long = [part.long() for part in packed[1:5]]
     if min(tokens) < 0:
         long[0] = self._in_flight.fill(long[0])
-    return Batch(*long[:3], packed[6].view(tables.shape), *packed[4:6], long[3],
-                 wants_all=rows == list(range(len(tokens))), repeated_keys=int((counts - 1) @ (2 * ends - counts)) // 2)
+    return Batch(*long[:3], packed[7].view(tables.shape), *packed[5:7], long[3],
+                 wants_all=rows == list(range(len(tokens))), repeated_keys=int((counts - 1) @ (2 * ends - counts)) // 2,
+                 settings=packed[0].view(self._real).view(settings.shape))
