@@ -1123,46 +1123,110 @@ class UserFunction:
 
     def __call__(self, request: Request, k: int) -> list[int]:
         proposed = self.function(request.tokens.copy())
-        drafts = [] if proposed is None else list(proposed)[:k]
+        if not isinstance(proposed, (list, tuple, type(None))):
+            raise ValueError(f"the function returned {type(proposed).__name__}, not a list of token ids")
+        drafts = list(proposed or ())[:k]
         for token in drafts:
             if type(token) is not int or not 0 <= token < self.vocab_size:
-                raise ValueError(f"draft: the function proposed {token!r}, not a token id from 0 to {self.vocab_size - 1}")
+                raise ValueError(f"the function proposed {token!r}, not a token id from 0 to {self.vocab_size - 1}")
         return drafts
 
 
 class DraftModel:
-    """Drafts from a small model that walks along with the large one, through the same blocks.
+    """Drafts from a small model that follows the large one, through the same blocks.
 
     Its keys and values lie in a cache of its own shape under the same block numbers: so prefix hits, forks, copies and frees
-    hold for both, and the pool knows nothing of it. For that it computes in every step what the target computes, drafts
-    or not. The one token it may lack is the last draft of a step that accepted all, so it begins one token early: that fills
-    the gap for all who share the block by now, or writes the same keys and values again.
+    hold for both, and the pool knows nothing of it. It computes only what drafts need: a request that gets none costs it
+    nothing, falls behind, and catches up before its next ones. Invariant: of what the target has computed in a block, it has
+    all if the block is not in `stale`, else at least the first stale[block] tokens. So a request's drafts begin where the
+    first stale block of its table lacks something, and what that fills is there for all who share the block. (Wrong keys and
+    values here would not change an output, only spoil drafts.)
     """
 
     def __init__(self, model: GPT, cache: KVCache, graphs: DecodeGraphs | None = None):
         self.model, self.cache, self.graphs, self.num_passes = model, cache, graphs, 0
+        self.stale: dict[int, int] = {}  # block, or ~slot for a host slot -> how many of its tokens are there
         self.source = f"{model.num_parameters / 1e6:,.1f}M parameters"
 
     def propose(self, llm: LLM, plan: list[tuple[Request, int]]) -> None:
         """Fill `request.drafts` as far as the plan has room, each pass adding one draft to all requests that want more."""
-        spans = [(request, max(0, request.num_computed - 1), min(request.num_computed + n, len(request.tokens)))
-                 for request, n in plan]
-        room = {request: n - request.num_behind for request, n in plan}
-        while spans:
-            stops = accumulate(end - start for _, start, end in spans)  # the row after each span
-            rows = [(stop - 1, request) for stop, (request, *_) in zip(stops, spans) if room[request] > len(request.drafts)]
-            samplers = [(request, request.sample_index, len(request.drafts)) for _, request in rows]
-            batch = llm.lay_out(spans, [row for row, _ in rows], samplers)
-            replay = self.graphs is not None and self.graphs.can_replay(batch)
-            logits = self.graphs.forward(batch) if replay else self.model.forward(batch, self.cache)
+        spans, room = self._begin(llm, plan)
+        if spans:
+            self._draft(llm, spans, room)
+        size, blocks_for = llm.pool.block_size, llm.pool.blocks_for
+        for request, start, end in spans:
+            for block in request.block_table[start // size : blocks_for(end + max(0, len(request.drafts) - 1))]:
+                self.stale.pop(block, None)
+        for request, n in plan:  # what the target is about to compute, and nobody has here: of drafts, only the last
+            end = min(request.num_computed + n, len(request.tokens) + len(request.drafts))
+            start = end - 1 if request.drafts else request.num_computed
+            for i in range(start // size, blocks_for(end)):
+                block, there = request.block_table[i], max(0, start - i * size)
+                if there < self.stale.get(block, size):
+                    self.stale[block] = there
+
+    def _draft(self, llm, spans, room):
+        """Compute the spans, then in each pass the last draft of all that want more. What the device has to know of all the
+        passes is laid out at once, as if the drafts were known.
+        """
+        takers, n = [request for request, *_ in spans if request in room], len(spans)
+        sizes = [sum(room[request] > j for request in takers) for j in range(max(room.values(), default=1))]
+        samplers = [(request, request.sample_index, j) for j, size in enumerate(sizes) for request in takers[:size]]
+        later = [(request, len(request.tokens) + j - 1, len(request.tokens) + j) for request, _, j in samplers if j]
+        stops = list(accumulate(end - start for _, start, end in spans + later))  # the row after each span
+        for request in takers:
+            request.drafts = [0] * room[request]
+        batch = llm.lay_out(spans + later, [stop - 1 for stop in stops[: len(takers)] + stops[n:]], samplers)
+        for request in takers:
+            request.drafts = []
+        # What the later passes have in common is that everybody has one row: query_start 0, 1, 2, ...
+        one_each, drawn = batch.query_start[n:] - stops[n - 1], batch.tokens
+        parts = [part.split([stops[n - 1], *sizes[1:]]) for part in (batch.tokens, batch.positions, batch.slots)]
+        parts += [part.split([n, *sizes[1:]]) for part in (batch.block_tables, batch.context_lens)]
+        for j, (size, settings, tokens, *where) in enumerate(zip(sizes, batch.settings.split(sizes, 1), *parts)):
+            if j == 0:
+                part = Batch(tokens, *where, batch.query_start[: n + 1], batch.rows[:size], wants_all=len(tokens) == size,
+                             repeated_keys=batch.repeated_keys, settings=settings)
+            else:
+                part = Batch(drawn[:size].clamp(min=0), *where, one_each[: size + 1], one_each[:size].long(),
+                             wants_all=True, settings=settings)
+            replay = self.graphs is not None and self.graphs.can_replay(part)
+            logits = self.graphs.forward(part) if replay else self.model.forward(part, self.cache)
             self.num_passes += 1
-            spans = []
-            for (request, *_), token in zip(samplers, llm.draw(batch, llm.edit(samplers, logits)).tolist()):
-                if token >= 0:  # else its logits make no sense, and the request goes on without more drafts
+            whose, samplers = samplers[:size], samplers[size:]
+            drawn = llm.draw(part, llm.edit(whose, logits))
+            for (request, *_), token in zip(whose, drawn.tolist()):
+                if token >= 0 and len(request.drafts) == j:  # else its logits make no sense, and it gets no more drafts
                     request.drafts.append(token)
-                    end = len(request.tokens) + len(request.drafts)
-                    if room[request] > len(request.drafts):
-                        spans.append((request, end - 1, end))
+
+    def _begin(self, llm, plan) -> tuple[list[Span], dict[Request, int]]:
+        """What the first pass computes, and how many drafts are wanted by each request that will have caught up by then.
+        Catching up takes what the plan leaves of the token budget (or a block), and more steps if that is not enough.
+        """
+        pool, spans, room = llm.pool, [], {}
+        # What moves before the next pass is as stale where it goes as where it came from.
+        for to, source in chain(((~slot, block) for slot, block in pool.swaps_out.items()), pool.copies.items(),
+                                ((block, ~slot) for block, slot in pool.swaps_in.items())):
+            self.stale.pop(to, None)
+            if source in self.stale:
+                self.stale[to] = self.stale[source]
+        spare = max(pool.block_size, llm.scheduler.max_batch_tokens - sum(n for _, n in plan))
+        for request, n in plan:
+            if n > request.num_behind:
+                table, start = request.block_table, request.num_computed
+                first = next(filter(self.stale.__contains__, table), None)
+                if first is not None:
+                    start = min(start, table.index(first) * pool.block_size + self.stale[first])
+                missing, end = len(request.tokens) - start, len(request.tokens)
+                if missing <= n + spare:
+                    room[request] = n - request.num_behind
+                else:  # whole blocks, if any
+                    end = (start + spare) // pool.block_size * pool.block_size
+                spare -= min(max(0, missing - n), spare)
+                if end > start:
+                    spans.append((request, start, end))
+        spans.sort(key=lambda span: -room.get(span[0], 0))  # then those left for a pass come first in the one before
+        return spans, room
 
 
 @functools.lru_cache(4096)
@@ -1171,7 +1235,8 @@ def draft_length(acceptance: float, cost: float, most: int) -> int:
 
     k drafts give 1 + a + ... + a^k tokens for the time of 1 + k * cost steps (arXiv:2211.17192, theorem 3.8).
     """
-    return max(range(most + 1), key=lambda k: sum(acceptance**i for i in range(k + 1)) / (1 + k * cost))
+    tokens = list(accumulate(acceptance**i for i in range(most + 1)))
+    return max(range(most + 1), key=lambda k: tokens[k] / (1 + k * cost))
 
 
 class Stopwatch:
@@ -1279,12 +1344,10 @@ class LLM:
             keep_freed_memory()
         max_batch_requests = max_batch_requests or min(256, max_batch_tokens or 256)
         max_batch_tokens = max_batch_tokens or max(max_batch_requests, 8192 if is_cuda else 1024)
-        if num_drafts is not None and draft is None:
-            raise ValueError(f"num_drafts: {num_drafts} was given without a draft")
-        if overlap and draft is not None:
-            raise ValueError("overlap: a draft follows the last token, so that has to be read first; use one of the two")
+        if (num_drafts or 0) > max_batch_tokens:
+            raise ValueError(f"num_drafts: must be at most max_batch_tokens ({max_batch_tokens}), got {num_drafts}")
         self.overlap = is_cuda and draft is None if overlap is None else overlap
-        self.num_drafts, self.drafter = num_drafts or 8, self._pick_drafter(draft, folder)
+        self.num_drafts, self.drafter = num_drafts or 8, self._pick_drafter(draft, num_drafts, folder)
         models = [self.model, self.drafter] if isinstance(self.drafter, GPT) else [self.model]
         self._allocate(models, kv_dtype, kv_memory, swap_memory, block_size, max_batch_tokens, max_batch_requests,
                        prefix_caching)
@@ -1293,9 +1356,8 @@ class LLM:
                                    max_model_len=self.max_model_len, policy=policy, ridge=ridge)
         rows = max(max_batch_requests, min(max_batch_requests * (1 + self.num_drafts), ridge, max_batch_tokens))
         self.graphs = self._capture(self.model, self.cache, rows) if graphs else None
-        self.draft_cost = 1 / max(1, ridge)  # of a draft, in steps: one more row for the model, and a pass of a draft model
+        self.draft_cost = 1 / max(1, ridge)  # in steps: of one more row for the model; and see `_measure_draft`
         if isinstance(small := self.drafter, GPT):
-            self.draft_cost += small.num_parameters / self.model.num_parameters
             rows = min(2 * max_batch_requests, max_batch_tokens)
             self.drafter = DraftModel(small, self.caches[1], self._capture(small, self.caches[1], rows) if graphs else None)
         self._random = random.Random(seed)
@@ -1304,9 +1366,7 @@ class LLM:
         self.watch = Stopwatch("schedule", "pack", "launch", "wait", "commit")
         self.counts = dict.fromkeys(("steps", "forward_passes", "computed_tokens", "prompt_tokens", "output_tokens",
                                       "finished", "aborted", "drafted", "accepted", "saved_steps"), 0)
-        if self.pool.num_host_slots:
-            per_token, per_block = self._measure_swap()
-            self.scheduler.prefers_swap = lambda tokens, blocks: blocks * per_block < tokens * per_token
+        self._measure()
         log.info(self.describe())
 
     def _load(self, folder, config, device, dtype, quantize):
@@ -1319,11 +1379,15 @@ class LLM:
             config.eos_ids = as_ids(read_json(generation).get("eos_token_id")) or config.eos_ids
         self.model = load(folder, device, pick_dtype(dtype, device, config.dtype), self.max_model_len, quantize)
 
-    def _pick_drafter(self, draft, folder):
+    def _pick_drafter(self, draft, num_drafts, folder):
         """What drafts: a function of (request, k), or the GPT of a DraftModel to be. ValueError if it cannot work."""
         vocab_size = self.model.config.vocab_size
         if draft is None:
+            if num_drafts is not None:
+                raise ValueError(f"num_drafts: {num_drafts} was given without a draft")
             return None
+        if self.overlap:
+            raise ValueError("overlap: a draft follows the last token, so that has to be read first; use one of the two")
         if draft == "ngram":
             return PromptLookup()
         if callable(draft):
@@ -1424,6 +1488,14 @@ class LLM:
             raise ValueError("kv_memory: leaves no memory to the decode graphs; lower it, or max_batch_requests, or have no "
                              "graphs") from None
 
+    def _measure(self):
+        """What swapping and drafting cost here, if they are wanted."""
+        if self.pool.num_host_slots:
+            per_token, per_block = self._measure_swap()
+            self.scheduler.prefers_swap = lambda tokens, blocks: blocks * per_block < tokens * per_token
+        if isinstance(self.drafter, DraftModel):
+            self.draft_cost = self._measure_draft()
+
     def _measure_swap(self) -> tuple[float, float]:
         """Seconds to compute a token of a long prompt, and to copy a block to the host and back. Both only estimate what a
         preempted request will cost: how much of it the prefix cache will still have, and whether it will be computed beside
@@ -1444,10 +1516,39 @@ class LLM:
                     torch.cuda.synchronize(self.device)
             return time.perf_counter() - start
 
-        computing = seconds(lambda: self.model.forward(batch, self.cache))
+        models = [self.model, *([self.drafter.model] if isinstance(self.drafter, DraftModel) else [])]
+        computing = seconds(lambda: [model.forward(batch, cache) for model, cache in zip(models, self.caches)])
         copying = seconds(lambda: [cache.move(out, {}, back) for cache in self.caches])
         self.pool.release(request.block_table)
         return computing / n, copying / len(out)
+
+    def _measure_draft(self) -> float:
+        """How much longer each draft of the draft model makes a step, in steps of one token. Measured with real steps: much
+        of a tiny model's goes on around the forward pass, and takes as long for a model that is a tenth of it.
+        """
+        most, scheduler = self.scheduler.max_batch_tokens, self.scheduler
+        k = min(self.num_drafts, most - 1, self.longest_request - 2)
+        if k < 1:
+            return self.draft_cost  # no request will ever have room for one
+        self.scheduler = Scheduler(self.pool, max_batch_tokens=most, max_batch_requests=1, max_model_len=self.max_model_len,
+                                   ridge=1 + k)
+        params = SamplingParams(temperature=0, max_tokens=k + 1, ignore_eos=True, seed=0)
+
+        def seconds(num_drafts):
+            request = self.add_request([0], params)
+            request.max_drafts = num_drafts
+            start = time.perf_counter()
+            self.step()
+            taken = time.perf_counter() - start
+            self.abort(request)
+            self.pool.forget()
+            return taken
+
+        # The first steps also compile and allocate, and any may be interrupted.
+        plain, drafting = map(min, zip(*[(seconds(0), seconds(k)) for _ in range(4)]))
+        self.scheduler, self.drafter.num_passes = scheduler, 0
+        self.counts, self.watch = dict.fromkeys(self.counts, 0), Stopwatch(*self.watch.seconds)
+        return max(0.0, drafting / plain - 1) / k
 
     def describe(self) -> str:
         """One line on what runs where, so that a slow run explains itself."""
@@ -1717,11 +1818,17 @@ class LLM:
         else:
             for request, n in plan:
                 if n > request.num_behind:
-                    request.drafts = self.drafter(request, n - request.num_behind)
+                    try:
+                        request.drafts = self.drafter(request, n - request.num_behind)
+                    except Exception as error:  # the user's; the request ends with it when it has sampled
+                        request.error = f"draft: {error!r}"
+        fitted = []
         for request, n in plan:
-            if n > request.num_behind + len(request.drafts):
+            most = request.num_behind + len(request.drafts)
+            if n > most:
                 self.pool.trim(request.block_table, len(request.tokens) + len(request.drafts))
-        return [(request, min(n, request.num_behind + len(request.drafts))) for request, n in plan]
+            fitted.append((request, min(n, most)))
+        return fitted
 
     def _adapt(self, request, accepted, tried):
         """Set `max_drafts` by how many of the drafts tried came true. While none are tried, acceptance slowly recovers."""
@@ -1939,8 +2046,8 @@ class LLM:
         self._adapt(request, accepted, min(accepted + 1, len(drafts)))
 
     def _append(self, request, token, logprobs):
-        if token < 0:
-            request.error = request.failures.get(len(request.tokens)) or (
+        if token < 0 or request.error:
+            request.error = request.error or request.failures.get(len(request.tokens)) or (
                 f"request {request.samples[0].arrival}: the model's logits at position {len(request.tokens) - 1} are not "
                 f"finite numbers, or every token is banned")
             # Its keys and values may be at fault, so no other request must find them. It has no table if it was preempted

@@ -605,7 +605,7 @@ class Scheduler:
         """
         spare = min(budget, self.ridge - sum(plan.values()))
         takers = [request for request, n in plan.items()
-                  if request.max_drafts and n == request.num_behind and request.width == 1]
+                  if spare > 0 and request.max_drafts and n == request.num_behind and request.width == 1]
         for i, request in enumerate(takers):
             end = len(request.tokens)
             room = (len(request.block_table) + self.pool.num_free) * self.pool.block_size - end

@@ -126,7 +126,8 @@ def swapped(ex, source: str | bytes, filename: str):
             setattr(holder, key, value)
 
         for original in originals.values():
-            replace(original, "__code__", poison.__code__)  # whoever still holds it, under whatever name, now notices
+            # Whoever still holds it, under whatever name or decorated, now notices.
+            replace(inspect.unwrap(original), "__code__", poison.__code__)
         exec(compile(source, filename, "exec"), vars(submission))
         holders = [m for m in list(sys.modules.values()) if isinstance(m, ModuleType)]
         holders += {c for m in holders for c in vars(m).values() if issubclass(type(c), type)}

@@ -42,7 +42,8 @@ MUTANTS = {
     "no target is a missed one": (("target is None or ", "target is not None and "),),
     "an aborted request counts if it was in time so far": (('request.finish_reason != "abort" and ', ""),),
     "who ends after the deadline is in time": ((" and not late", ""),),
-    "who was late is not counted at all": (("self.num_with_targets += 1", "self.num_with_targets += request.in_time"),),
+    "who was late is not counted at all": (("self.num_with_targets += request.width",
+                                            "self.num_with_targets += request.in_time"),),
 }
 ENGINE = {"blocks": 14, "max_batch_tokens": 8, "max_batch_requests": 6, "prefix_caching": False}
 REQUESTS = [(arrives, prompt(length, arrives + length), {"temperature": 0, "max_tokens": output, **targets})
