@@ -3653,6 +3653,24 @@ def workload_from(args: argparse.Namespace, longest: int, vocab: int) -> list[tu
     return [(job.at, token_ids(job.prompt, f"{args.seed} {job.text}", vocab), job.output) for job in jobs]
 
 
+def print_latencies(runs: list[dict]) -> None:
+    """Percentiles of TTFT and ITL in what `run_workload` returned, as far as there are any."""
+    for name in ("ttft", "itl"):
+        samples = np.array(list(chain(*(run[name] for run in runs)))) * 1e3
+        if len(samples):
+            print(f"{name.upper():11s} p50 {np.percentile(samples, 50):,.1f}   p90 {np.percentile(samples, 90):,.1f}   "
+                  f"p99 {np.percentile(samples, 99):,.1f} ms")
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB, of the GPU or of this process; NaN where nobody says it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
 def bench(args: argparse.Namespace) -> None:
     """Measure throughput and latency on a synthetic workload, and say what share of this machine's roofline that is."""
     if (args.compare or args.nano_vllm) and args.rate < math.inf:
@@ -3691,18 +3709,9 @@ def bench(args: argparse.Namespace) -> None:
             peer_seconds.append(peer.run())
     seconds = statistics.median(run["seconds"] for run in runs)
     busy = statistics.median(run["seconds"] - run["idle"] for run in runs)
-    peak = math.nan  # where nobody says it
-    if resource:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
     each = ", ".join(f"{num_out / run['seconds']:,.0f}" for run in runs)
     print(f"output      {num_out / seconds:,.0f} tok/s   ({each})")
-    for name in ("ttft", "itl"):
-        samples = np.array(list(chain(*(run[name] for run in runs)))) * 1e3
-        if len(samples):
-            print(f"{name.upper():11s} p50 {np.percentile(samples, 50):,.1f}   p90 {np.percentile(samples, 90):,.1f}   "
-                  f"p99 {np.percentile(samples, 99):,.1f} ms")
+    print_latencies(runs)
     new = {name: count - before[name] for name, count in llm.stats().items()}
     parts = {part: new[f"{part}_seconds"] for part in llm.watch.seconds}
     print("step        " + "   ".join(f"{part} {share / sum(parts.values()):.1%}" for part, share in parts.items()))
@@ -3712,7 +3721,7 @@ def bench(args: argparse.Namespace) -> None:
     if new["hit_tokens"]:
         print(f"prefix hits {new['hit_tokens'] / (args.runs * num_in):.1%} of the prompts")
     print(f"roofline    {100 * floor / busy:.0f} % (the work's floor on this machine is {num_out / floor:,.0f} tok/s)")
-    print(f"peak memory {peak:.2f} GiB" + (" (with the peer's)" if peer and device.type != "cuda" else ""))
+    print(f"peak memory {peak_memory(device):.2f} GiB" + (" (with the peer's)" if peer and device.type != "cuda" else ""))
     if peer:
         other = statistics.median(peer_seconds)
         print(f"{peer.name} {num_out / other:,.0f} tok/s: {other / seconds:.2f} times as long\n  ({peer.setup})")
