@@ -644,7 +644,7 @@ def is_for_flash(T: int, B: int, M: int, block_size: int, head_dim: int, itemsiz
     """Whether torch's FlashAttention shall take a batch of these shapes: many queries for a request, and not many more
     keys than queries, as all keys that the block tables have room for are gathered.
     """
-    return itemsize == 2 and head_dim <= 256 and T >= 64 * B and B * M * block_size <= 4 * T
+    return itemsize == 2 and head_dim % 8 == 0 and head_dim <= 256 and T >= 64 * B and B * M * block_size <= 4 * T
 
 
 def _flash_attention(q, k_cache, v_cache, block_tables, context_lens, query_start, scale, window):
@@ -660,20 +660,26 @@ def _flash_attention(q, k_cache, v_cache, block_tables, context_lens, query_star
     position = (i - key_start[request]).clamp(max=M * block_size - 1)
     slots = block_tables[request, position // block_size].long() * block_size + position % block_size
     k, v = (cache.flatten(0, 1)[slots] for cache in (k_cache, v_cache))
-    # Torch 2.11 takes groups of query heads as they are, later versions want to be told.
-    groups = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     return varlen_attn(q, k, v, query_start, key_start, len(q) - B + 1, M * block_size, scale=scale,
-                       window_size=(window - 1, 0), **groups)
+                       window_size=(window - 1, 0), **_flash_options(varlen_attn))
+
+
+@functools.cache
+def _flash_options(varlen_attn) -> dict[str, bool]:
+    """Torch 2.11 takes groups of query heads as they are, later versions want to be told."""
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 @contextlib.contextmanager
 def _without_flash_if_it_fails():
-    """As where torch was built without it, or it is not made for this GPU: from then on this file's kernels run."""
+    """As where torch was built without it, or it is not made for this GPU: from then on this file's kernels run. Where there
+    is no memory to gather the keys, they run this time.
+    """
     global use_flash
     try:
         yield
     except torch.OutOfMemoryError:
-        raise
+        pass
     except (ImportError, TypeError, RuntimeError) as error:
         use_flash = False
         warnings.warn(f"torch's FlashAttention does not run here, a kernel of nanoserve's does: {error}", stacklevel=3)
@@ -1641,9 +1647,9 @@ class CudaKernels:
     def _load(self, name, constants):
         try:
             code = nvrtc_compile(cuda_source(name, self.element, **constants), self.arch)
-            module = _check(self.driver.cuModuleLoadData(code))
         except (ImportError, RuntimeError, OSError) as error:
             raise CompileError(f"{name}: {error}") from error
+        module = _check(self.driver.cuModuleLoadData(code))
         function = _check(self.driver.cuModuleGetFunction(module, name.encode()))
         if "SHARED" in constants:
             most = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

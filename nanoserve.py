@@ -1319,8 +1319,8 @@ class LLM:
                             ("max_batch_requests", max_batch_requests), ("max_model_len", max_model_len)):
             if value is not None and not is_number(value, 1, kind=int):
                 raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
-        for name, value in (("prefix_caching", prefix_caching), ("graphs", graphs), ("overlap", overlap or False)):
-            if not isinstance(value, bool):
+        for name, value in (("prefix_caching", prefix_caching), ("graphs", graphs), ("overlap", overlap)):
+            if not isinstance(value, bool) and (name, value) != ("overlap", None):
                 raise ValueError(f"{name}: must be True or False, got {value!r}")
         if type(seed) is not int:
             raise ValueError(f"seed: must be an integer, got {seed!r}")
@@ -1434,7 +1434,8 @@ class LLM:
             raise ValueError(f"kv_memory: {kv_memory:.0f} bytes are less than two blocks of {block_bytes} bytes; raise "
                              f"kv_memory or lower block_size")
         if not is_number(swap_memory, 0, 1 << 62) or 0 < swap_memory < block_bytes:
-            raise ValueError(f"swap_memory: must be 0 or at least the {block_bytes} bytes of a block, got {swap_memory!r}")
+            raise ValueError(f"swap_memory: must be 0 or from the {block_bytes} bytes of a block to 2^62, got "
+                             f"{swap_memory!r}")
         num_slots = int(swap_memory // block_bytes)
         try:
             self.caches = [KVCache(c.num_layers, num_blocks, block_size, c.num_kv_heads, c.head_dim, dtype, self.device,
@@ -1561,7 +1562,8 @@ class LLM:
         graphs = ", decode graphs" if self.graphs else ""
         drafts = f", drafts from {self.drafter.source}" if self.drafter else ""
         overlap = ", overlapping steps" if self.overlap else ""
-        device += f" ({threads}{body} kernels, {attention} attention{graphs}{overlap})"
+        paths = f"{body} kernels and attention" if attention == body else f"{body} kernels, {attention} attention"
+        device += f" ({threads}{paths}{graphs}{overlap})"
         quantized = f"{self.model.quantize} weights, " if self.model.quantize else ""
         dtype = quantized + str(self.model.dtype).removeprefix("torch.")
         host = f" and {self.pool.num_host_slots:,} on the host" if self.pool.num_host_slots else ""
@@ -3678,6 +3680,8 @@ def bench(args: argparse.Namespace) -> None:
         raise ValueError(f"--rate: {args.rate} cannot go with {other}, which submits all requests at once")
     if args.compare and args.temperature:
         raise ValueError(f"--temperature: {args.temperature} cannot go with --compare, which is greedy")
+    if args.json and not args.json.parent.is_dir():
+        raise ValueError(f"--json: there is no folder {args.json.parent}")
     device, folder = pick_device(args.device), find_model(args.model) if args.model else None
     shape = read_json(folder / "config.json") if folder else SHAPES[args.shape]
     config = ModelConfig.from_dict(shape)

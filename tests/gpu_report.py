@@ -116,12 +116,12 @@ def prompts(batch: int, length: int, device, heads=32, kv_heads=8, D=128, block_
     q, taken = torch.randn(batch * length, heads, D, device=device).bfloat16(), {}
     for name, flash, tiles, int8 in (("torch's FlashAttention", True, True, False), ("few queries", False, False, False),
                                      ("tiled", False, True, False), ("tiled, int8", False, True, True)):
-        kernels.use_flash, kernels.use_tiles = flash, tiles
         caches, scales = random_cache((blocks + 1, block_size, kv_heads, D), device, int8)
         work = partial(kernels.paged_attention, q, *caches, tables, lengths, start, D**-0.5, scales=scales)
-        taken[name] = seconds(work, repeat=5, runs=3, captured=not flash)
-        if flash and not kernels.use_flash:
-            taken[name] = math.nan  # it failed, with a warning, and another kernel ran
+        with patch.multiple(kernels, use_flash=flash, use_tiles=tiles):
+            taken[name] = seconds(work, repeat=5, runs=3, captured=not flash)
+            if flash and not kernels.use_flash:
+                taken[name] = math.nan  # it failed, with a warning, and another kernel ran
     return taken
 
 
@@ -400,6 +400,7 @@ def compare(device, args) -> None:
         figures = bench(args.tiny, *QWEN, "--compare", "transformers", most=540)
     else:
         print("transformers is not installed")
+        figures["peer"] = "not measured"
     theirs = figures["peer_tokens_per_second"]
     line(f"{what}transformers' continuous batching", "3 times", form, figures["tokens_per_second"] / theirs, theirs)
     print(f"  it was {figures['peer']}")

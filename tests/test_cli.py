@@ -123,6 +123,7 @@ def test_ctrl_c_ends_cleanly(options, monkeypatch, capsys):
     (["hi", "--model", "no/such/folder"], "no/such/folder"), (["hi", "--temperature", "-1"], "temperature: .*-1"),
     (["hi", "--max-tokens", "300"], "max_model_len=256"), (["", "--max-tokens", "0"], "max_tokens: .*0"),
     (["hi", "--device", "abacus"], "abacus"), (["hi", "--dtype", "int3"], "int3"),
+    (["bench", "--json", "no/such.json"], "--json: there is no folder no"),
     (["hi", "--kv-memory", "10"], "kv_memory"), (["generate", "--file", "no.txt", "--jsonl", "out"], "no.txt"),
     (["hi", "--max-model-len", "9999"], "max_model_len.*9999")], ids=str)
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(options, argv, message, capsys, tmp_path, monkeypatch):

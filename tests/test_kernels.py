@@ -268,14 +268,14 @@ def test_which_batches_torchs_flash_attention_takes():
                          ((8192, 1, 2048, 16), True), ((8192, 1, 2049, 16), False),
                          ((64, 1, 4, 16), True), ((63, 1, 4, 16), False)):
         assert kernels.is_for_flash(*shape, 128, 2) == takes and not kernels.is_for_flash(*shape, 128, 4)
-        assert not kernels.is_for_flash(*shape, 512, 2)
+        assert not kernels.is_for_flash(*shape, 512, 2) and not kernels.is_for_flash(*shape, 100, 2)
 
 
 def test_where_torchs_flash_attention_fails_another_kernel_runs(monkeypatch):
     monkeypatch.setattr(kernels, "use_flash", True)
-    with pytest.raises(torch.OutOfMemoryError), kernels._without_flash_if_it_fails():
+    with kernels._without_flash_if_it_fails():
         raise torch.OutOfMemoryError("CUDA out of memory")
-    assert kernels.use_flash
+    assert kernels.use_flash, "the next batch may fit"
     with pytest.warns(UserWarning, match="does not run here.*no kernel image"), kernels._without_flash_if_it_fails():
         raise RuntimeError("no kernel image is available")
     assert not kernels.use_flash

@@ -477,7 +477,7 @@ def test_chat_and_copies_and_refusals(page, serving):
 def test_all_that_is_shown_is_text(page, serving, monkeypatch):
     llm, said = make(), "<b>x</b>"
     script = llm.tokenizer.encode(said, add_special_tokens=False)
-    monkeypatch.setattr(llm, "sample", lambda samplers, logits: (
+    monkeypatch.setattr(llm, "sample", lambda batch, samplers, logits: (
         [script[request.num_output] for request, *_ in samplers], [None] * len(samplers)))
     page = page(serving(llm, model_name="<i>m</i>"))
     assert page.run("$('teach') === null")  # not without the flag

@@ -277,7 +277,7 @@ def test_no_half_characters_are_streamed(serving, monkeypatch):
     llm, said = make(), "née 🦊 žluť"
     script = llm.tokenizer.encode(said, add_special_tokens=False)
 
-    def sample(samplers, logits):
+    def sample(batch, samplers, logits):
         tokens = [script[request.num_output] for request, *_ in samplers]
         return tokens, [{token: -1.5} for token in tokens]
 

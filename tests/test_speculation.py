@@ -498,7 +498,7 @@ def test_a_draft_model_with_the_targets_dice_is_accepted_more_often():
         return llm.stats()["accepted"] / llm.stats()["drafted"]
 
     def drafting_greedily(llm, propose, draw, owner, plan):
-        llm.draw = lambda samplers, logits: logits.argmax(-1)
+        llm.draw = lambda batch, logits: logits.argmax(-1)
         propose(owner, plan)
         llm.draw = draw
 
