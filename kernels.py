@@ -291,7 +291,7 @@ def _low_bit_linear(x, weight):
 
 
 def _kernel_for(x, weight) -> CudaKernels | None:
-    """Where CUDA["low_bit_linear"] can multiply x by such a weight or a stack of them: low-bit, or of x's dtype."""
+    """Where CUDA["few_rows_linear"] can multiply x by such a weight or a stack of them: low-bit, or of x's dtype."""
     low = isinstance(weight, LowBitWeight)
     plain = isinstance(weight, torch.Tensor) and weight.dtype == x.dtype and not weight.is_mkldnn
     if x.element_size() != 2 or not (low or plain):
@@ -302,14 +302,14 @@ def _kernel_for(x, weight) -> CudaKernels | None:
 
 
 def _few_rows_linear(cuda, x, weight, ends=None):
-    """CUDA["low_bit_linear"]: x [T, in] times weight [out, in], or, with `ends`, weights [E, out, in]; transposed."""
+    """CUDA["few_rows_linear"]: x [T, in] times weight [out, in], or, with `ends`, weights [E, out, in]; transposed."""
     low, rows, (outputs, inputs) = isinstance(weight, LowBitWeight), len(x), weight.shape[-2:]
     E = 1 if ends is None else len(ends)
     bits, codes, scales = (weight.bits, weight.codes, weight.scales) if low else (16, weight, None)
     R, alone = 8 if rows <= 8 * E else 16, rows <= E  # alone: few rows, hardly two of them with the same weight
     blocks = -(-rows // R) if ends is None else rows if alone else rows // R + E
     x, out = x.contiguous(), x.new_empty(rows, outputs)
-    cuda("low_bit_linear", (blocks, -(-outputs // (2 * R))), 256, x, codes, scales, out, rows, outputs, inputs, ends, E,
+    cuda("few_rows_linear", (blocks, -(-outputs // (2 * R))), 256, x, codes, scales, out, rows, outputs, inputs, ends, E,
          alone, BITS=bits, GROUP=inputs // scales.shape[-1] if bits == 4 else 1, ROWS=R)
     return out
 
@@ -347,7 +347,7 @@ def _grouped_linear(x, weight, ends):
 
 def stack_experts(weight: torch.Tensor | PanelWeight | LowBitWeight, n: int, x: torch.Tensor):
     """Room for n weights like this one, for `mixture_of_experts` of inputs like x: a stack on a GPU from sm_80 on, in 16
-    bits, in rows that `low_bit_linear` takes; else a list. So for float32: the only product that it has takes one weight.
+    bits, in rows that `few_rows_linear` takes; else a list. So for float32: the only product that it has takes one weight.
     """
     if not can_group(weight) and not _kernel_for(x, weight):
         return [None] * n
@@ -358,7 +358,7 @@ def stack_experts(weight: torch.Tensor | PanelWeight | LowBitWeight, n: int, x: 
 
 def most_pairs(gate_up, down) -> int:
     """For how many pairs of token and choice `mixture_of_experts` is grouped products; graphs capture no others. Torch's
-    take any number, those of `low_bit_linear` 64 for an expert, 16 in 16 bits: with more, `linear` moves less.
+    take any number, those of `few_rows_linear` 64 for an expert, 16 in 16 bits: with more, `linear` moves less.
     """
     if isinstance(gate_up, list) or isinstance(down, list):
         return 0
@@ -2455,7 +2455,7 @@ tiled_attention(const T* q, const Entry* k_cache, const Entry* v_cache, const bf
 }
 """
 
-CUDA["low_bit_linear"] = r"""
+CUDA["few_rows_linear"] = r"""
 // out[row, o] = sum over k of x[row, k] * code[o, k] * scale[o, k / GROUP], for a few rows. With `ends` there are `experts`
 // weights, and rows ends[e - 1] to ends[e] - 1 are multiplied by number e.
 //
@@ -2501,7 +2501,7 @@ __device__ unsigned widen(const Vec<unsigned, 4>& codes, int i, float scale) {
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, ROWS == 8 ? 3 : 2)
-low_bit_linear(const T* x, const void* codes, const bf16* scales, T* out, int rows, int outputs, int inputs,
+few_rows_linear(const T* x, const void* codes, const bf16* scales, T* out, int rows, int outputs, int inputs,
                const int* ends, int experts, int alone) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
     const int o = blockIdx.y * OUTPUTS, mine = (4 * warp + c) * PER_LANE;  // the lane's first input

@@ -860,7 +860,7 @@ HEAD_SIZES = (64, 80, 96, 128, 256)
 TILED = [{"D": D, "ROWS": (rows := 128 if D <= 128 else 64), "SHARED": (rows + 128) * (D + 8) * 2, "INT8": int8}
          for D in HEAD_SIZES for int8 in (0, 1)]
 KERNELS = [("add_norm", {"N": 8}), ("silu_mul", {"N": 8}), ("sample", {}),
-           *(("low_bit_linear", {"BITS": bits, "GROUP": group, "ROWS": rows})
+           *(("few_rows_linear", {"BITS": bits, "GROUP": group, "ROWS": rows})
              for bits, group in ((8, 1), (4, 32), (16, 1)) for rows in (8, 16)),
            *(("dequantize", {"BITS": bits, "N": 8}) for bits in (8, 4)),
            *(("rope_and_write_kv", {"D": 128, "INT8": int8}) for int8 in (0, 1)),
@@ -942,7 +942,7 @@ def check_resources(name, constants, code):
 def test_nvrtc_compiles_every_kernel(arch, element, nvrtc, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiled = [(name, constants) for name, constants in KERNELS
-                if element != "float" or name not in ("low_bit_linear", "tiled_attention") and constants.get("R") != 16]
+                if element != "float" or name not in ("few_rows_linear", "tiled_attention") and constants.get("R") != 16]
     for name, constants in compiled:
         source = gpu_source(name, element, **constants)
         code = kernels.nvrtc_compile(source, arch)

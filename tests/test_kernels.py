@@ -677,7 +677,7 @@ def test_stacked_experts_wait_for_nothing(bits, dtype, T, reverse):
         assert not isinstance(gate_up, list)
         with Refuse():
             out = kernels.mixture_of_experts(x, experts, weights, gate_up, down)
-        assert [launch.name for launch in launches] == ["low_bit_linear", "silu_mul", "low_bit_linear"]
+        assert [launch.name for launch in launches] == ["few_rows_linear", "silu_mul", "few_rows_linear"]
     expected = kernels.mixture_of_experts(x, experts, weights, list(map(gate_up.__getitem__, range(6))),
                                           list(map(down.__getitem__, range(6))))
     assert not out.isnan().any()
@@ -694,18 +694,18 @@ def test_stacked_experts_wait_for_nothing(bits, dtype, T, reverse):
 @pytest.mark.parametrize("bits", [16, 8])
 def test_stacked_experts_whose_kernel_does_not_compile(bits, monkeypatch):
     """They run one after the other then, in PyTorch."""
-    monkeypatch.setattr(kernels, "use_cuda", True)
+    def failing(name, *_, **constants):
+        raise kernels.CompileError("no_such_function is undefined")
+
     with cuda_on_cpu.enabled():
         arguments = mixture(3, bits, BF16)
         expected = kernels.mixture_of_experts(*arguments)
-
-        def failing(name, *_, **constants):
-            raise kernels.CompileError("no_such_function is undefined")
-
-        monkeypatch.setattr(kernels, "cuda_on_cpu", lambda dtype: failing)
-        with pytest.warns(UserWarning, match="PyTorch runs instead"):
-            close(kernels.mixture_of_experts(*arguments), expected.double(), rtol=2e-2, atol=2e-2)
-        assert not kernels.use_cuda
+    monkeypatch.setattr(kernels, "use_cuda", True)
+    monkeypatch.setattr(kernels, "use_cpp", False)
+    monkeypatch.setattr(kernels, "cuda_on_cpu", lambda dtype: failing)
+    with pytest.warns(UserWarning, match="PyTorch runs instead"):
+        close(kernels.mixture_of_experts(*arguments), expected.double(), rtol=2e-2, atol=2e-2)
+    assert not kernels.use_cuda
 
 
 def test_experts_that_fit_no_kernel_are_a_list_and_many_pairs_run_one_by_one(monkeypatch):
@@ -814,7 +814,7 @@ def test_bytes_that_a_product_with_low_bits_moves(dtype, bits):
             at_once = 8 if rows <= 8 else 16
             x_bytes = outputs // (2 * at_once) * times * at_once * inputs * 2  # rows that are missing are in the cache
             assert launch.grid == (times, outputs // (2 * at_once)) and others.launches == 0
-            assert launch.name == "low_bit_linear" and launch.read == [x_bytes, times * low.codes.nbytes, *[0] * 8]
+            assert launch.name == "few_rows_linear" and launch.read == [x_bytes, times * low.codes.nbytes, *[0] * 8]
         else:
             wide = outputs * inputs * dtype.itemsize
             assert (launch.name, others.launches) == ("dequantize", 1)
