@@ -127,6 +127,7 @@ class LowBitWeight:
         return LowBitWeight(self.codes[i], self.scales[i])
 
     def __setitem__(self, i: int, weight: LowBitWeight) -> None:
+        """Put a weight into a stack."""
         self.codes[i], self.scales[i] = weight.codes, weight.scales
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:

@@ -1149,7 +1149,9 @@ class DraftModel:
         self.source = f"{model.num_parameters / 1e6:,.1f}M parameters"
 
     def propose(self, llm: LLM, plan: list[tuple[Request, int]]) -> None:
-        """Fill `request.drafts` as far as the plan has room, each pass adding one draft to all requests that want more."""
+        """Fill `request.drafts` as far as the plan has room, each pass adding one draft to all requests that want more; and
+        note in `stale` what this leaves out.
+        """
         spans, room = self._begin(llm, plan)
         if spans:
             self._draft(llm, spans, room)
@@ -1348,15 +1350,13 @@ class LLM:
             raise ValueError(f"num_drafts: must be at most max_batch_tokens ({max_batch_tokens}), got {num_drafts}")
         self.overlap = is_cuda and draft is None if overlap is None else overlap
         self.num_drafts, self.drafter = num_drafts or 8, self._pick_drafter(draft, num_drafts, folder)
-        models = [self.model, self.drafter] if isinstance(self.drafter, GPT) else [self.model]
-        self._allocate(models, kv_dtype, kv_memory, swap_memory, block_size, max_batch_tokens, max_batch_requests,
-                       prefix_caching)
+        self._allocate(kv_dtype, kv_memory, swap_memory, block_size, max_batch_tokens, max_batch_requests, prefix_caching)
         ridge = 0 if draft is None else 128 if is_cuda else 16  # see `Scheduler`; 0: no drafts
         self.scheduler = Scheduler(self.pool, max_batch_tokens=max_batch_tokens, max_batch_requests=max_batch_requests,
                                    max_model_len=self.max_model_len, policy=policy, ridge=ridge)
         rows = max(max_batch_requests, min(max_batch_requests * (1 + self.num_drafts), ridge, max_batch_tokens))
         self.graphs = self._capture(self.model, self.cache, rows) if graphs else None
-        self.draft_cost = 1 / max(1, ridge)  # in steps: of one more row for the model; and see `_measure_draft`
+        self.draft_cost = 1 / max(1, ridge)  # of a draft, in steps: a row more. For a draft model it is measured, below
         if isinstance(small := self.drafter, GPT):
             rows = min(2 * max_batch_requests, max_batch_tokens)
             self.drafter = DraftModel(small, self.caches[1], self._capture(small, self.caches[1], rows) if graphs else None)
@@ -1409,9 +1409,9 @@ class LLM:
                 raise ValueError(f"draft: {path} has other tokens than {folder}, so it cannot guess the model's")
         return load(path, self.device, self.model.dtype, self.max_model_len)
 
-    def _allocate(self, models, kv_dtype, kv_memory, swap_memory, block_size, max_batch_tokens, max_batch_requests,
-                  prefix_caching):
+    def _allocate(self, kv_dtype, kv_memory, swap_memory, block_size, max_batch_tokens, max_batch_requests, prefix_caching):
         """The pool and each model's cache, of all the blocks that fit into kv_memory, with host slots for swap_memory."""
+        models = [self.model, self.drafter] if isinstance(self.drafter, GPT) else [self.model]
         is_cuda = self.device.type == "cuda"
         wider = [m.dtype for m in models if m.dtype is not torch.bfloat16]
         if kv_dtype == "bfloat16" and is_cuda and wider:
@@ -1951,10 +1951,10 @@ class LLM:
         parts = [request.edits.after(request.tokens, request.drafts[:num_drafts]) if request.edits else b""
                  for request, _, num_drafts in samplers]
         users = [i for i, (request, _, _) in enumerate(samplers) if request.params.logits_processor]
-        if any(parts):
-            starts = array.array("d", [0, *accumulate(len(part) // 4 for part in parts)])
-            packed = self._send(torch.frombuffer(bytearray().join([starts, *parts]), dtype=torch.float64))
-            logits = kernels.edit_logits(logits, packed[: len(starts)].long(), packed[len(starts) :].view(-1, 4))
+        if edits := bytearray().join(parts):
+            starts = array.array("q", [0, *accumulate(len(part) // 4 for part in parts)])
+            starts, edits = torch.frombuffer(starts, dtype=torch.int64), torch.frombuffer(edits, dtype=torch.float64)
+            logits = kernels.edit_logits(logits, self._send(starts), self._send(edits).view(-1, 4))
         elif users:  # they may write into what they are given
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         for i in users:
@@ -3673,8 +3673,8 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def bench(args: argparse.Namespace) -> None:
-    """Measure throughput and latency on a synthetic workload, and say what share of this machine's roofline that is."""
+def check_bench_options(args: argparse.Namespace) -> None:
+    """ValueError for options that cannot go together, or a file that could not be written, before anything is measured."""
     if (args.compare or args.nano_vllm) and args.rate < math.inf:
         other = "--compare" if args.compare else "--nano-vllm"
         raise ValueError(f"--rate: {args.rate} cannot go with {other}, which submits all requests at once")
@@ -3682,6 +3682,11 @@ def bench(args: argparse.Namespace) -> None:
         raise ValueError(f"--temperature: {args.temperature} cannot go with --compare, which is greedy")
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"--json: there is no folder {args.json.parent}")
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Measure throughput and latency on a synthetic workload, and say what share of this machine's roofline that is."""
+    check_bench_options(args)
     device, folder = pick_device(args.device), find_model(args.model) if args.model else None
     shape = read_json(folder / "config.json") if folder else SHAPES[args.shape]
     config = ModelConfig.from_dict(shape)
